@@ -1,0 +1,1077 @@
+"""Brain-Inspired Modular Training (BIMT) in one module.
+
+Liu, Gan and Tegmark, "Seeing is Believing: Brain-Inspired Modular Training for Mechanistic
+Interpretability", arXiv 2305.08746 (2023). "The paper" below is this one; "ours" marks what it
+does not contain. The three ingredients:
+
+1. Neurons have places. Each row of neurons (input, hidden, output) lies in the unit interval or
+   the unit square, so that every weight is a wire with a length.
+2. Wires cost. Training minimises prediction loss + lamb * wiring cost, and every weight w pays
+   |w| * (A * distance + y0): an L1 penalty that grows with the length of the wire.
+3. Neurons swap. Every `swap_every` steps, neurons of one row trade places where that shortens the
+   wiring. The function of the network does not change; descent alone could never do this.
+
+Every model holds `runs` independent networks in one tensor (seeds, ablations, or both), because
+networks this small cost more in calls than in arithmetic.
+
+Glossary, paper -> here: lambda -> `lamb`; A -> `A`; y0, the distance between neighbouring rows
+-> `y0`; d_ij -> `EmbeddedLinear.distance`; number of neurons tried per swap, k -> `top_k`; steps
+between swaps, S -> `swap_every`; connection cost -> `connection_cost`.
+"""
+
+import contextlib
+import copy
+import itertools
+import json
+import math
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import imageio_ffmpeg
+import matplotlib.pyplot as plt
+import networkx as nx
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.animation import FFMpegWriter, PillowWriter
+from matplotlib.collections import LineCollection
+from scipy.optimize import linear_sum_assignment
+from torch import nn
+from tqdm import tqdm
+
+# ---------------------------------------------------------------- places (paper, section 2)
+
+
+def line(n):
+    """Places of `n` neurons in a row, (n, 1): neuron i sits at (i + 1/2) / n."""
+    _check_count("n", n)
+    return ((torch.arange(n) + 0.5) / n)[:, None]
+
+
+def grid(height, width=None):
+    """Places of `height` x `width` neurons in the unit square, (n, 2), row-major, x fastest."""
+    width = height if width is None else width
+    y, x = torch.meshgrid(line(height)[:, 0], line(width)[:, 0], indexing="ij")
+    return torch.stack([x.flatten(), y.flatten()], 1)
+
+
+def ring(n, radius=0.25):
+    """Places of `n` neurons on a circle around (1/2, 1/2), (n, 2), at angles 2 pi (i + 1/2) / n."""
+    angle = 2 * math.pi * line(n)[:, 0]
+    return 0.5 + radius * torch.stack([angle.cos(), angle.sin()], 1)
+
+
+# ---------------------------------------------------------------- layer
+
+
+class EmbeddedLinear(nn.Module):
+    """`runs` linear layers between two rows of neurons that have places.
+
+    `in_places` (n, d) and `out_places` (m, d) say where the neurons sit. With `in_folds=2` two
+    blocks of inputs (two tokens, say) share the same n places: feature f * n + i sits at place i.
+
+    Attributes: `weight` (runs, out, in) and `bias` (runs, out), drawn from `generator` like those
+    of `nn.Linear`; buffer `distance` (out, in), the Manhattan length of every wire.
+
+    Raises ValueError for `runs` or folds below 1 and for places of unlike dimension.
+    """
+
+    def __init__(self, in_places, out_places, *, in_folds=1, out_folds=1, runs=1, generator=None):
+        super().__init__()
+        for name, count in {"runs": runs, "in_folds": in_folds, "out_folds": out_folds}.items():
+            _check_count(name, count)
+        _check_places("in_places", in_places)
+        _check_places("out_places", out_places, dims=in_places.shape[1])
+        self.in_folds, self.out_folds = in_folds, out_folds
+        self.register_buffer("in_places", in_places.clone(), persistent=False)
+        self.register_buffer("out_places", out_places.clone(), persistent=False)
+        distance = (out_places[:, None] - in_places[None]).abs().sum(-1)
+        self.register_buffer("distance", distance.repeat(out_folds, in_folds), persistent=False)
+        n_out, n_in = self.distance.shape
+        bound = 1 / math.sqrt(n_in)
+        weight = torch.empty(runs, n_out, n_in).uniform_(-bound, bound, generator=generator)
+        bias = torch.empty(runs, n_out).uniform_(-bound, bound, generator=generator)
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+
+    def forward(self, x):
+        """(runs, batch, in) -> (runs, batch, out)."""
+        return torch.baddbmm(self.bias[:, None], x, self.weight.transpose(1, 2))
+
+    def extra_repr(self):
+        runs, n_out, n_in = self.weight.shape
+        return f"{n_in} -> {n_out}, runs={runs}"
+
+
+# ---------------------------------------------------------------- models
+
+
+@dataclass(frozen=True, eq=False)
+class NeuronGroup:
+    """One row of neurons that can trade places: all that cost, swaps and pictures need to know.
+
+    name:    what pictures call the row
+    writers: layers whose outputs these neurons are (for token models, also the embedding)
+    readers: layers whose inputs these neurons are
+    label:   permutation buffer (runs, n) that rides along with the neurons, or None
+    heads:   neurons only trade within their block of n / heads neurons
+    movable: whether swaps may touch the row
+    """
+
+    name: str
+    writers: tuple = ()
+    readers: tuple = ()
+    label: torch.Tensor | None = None
+    heads: int = 1
+    movable: bool = True
+
+    @property
+    def places(self):
+        """Where the slots of this row are, (n, d)."""
+        if self.readers:
+            return self.readers[0].in_places
+        return self.writers[-1].out_places
+
+    def axes(self):
+        """Every (tensor, axis, folds) that has to be permuted when these neurons move."""
+        for layer in self.writers:
+            if isinstance(layer, EmbeddedLinear):
+                yield from ((layer.weight, 1, layer.out_folds), (layer.bias, 1, layer.out_folds))
+            else:
+                yield layer, 2, 1  # an embedding, (runs, tokens, dim)
+        for layer in self.readers:
+            yield layer.weight, 2, layer.in_folds
+        if self.label is not None:
+            yield self.label, 1, 1
+
+
+class EmbeddedModel(nn.Module):
+    """What all models share. A subclass registers its `EmbeddedLinear` layers in forward order."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_parameter("embedding", None)
+
+    def groups(self):
+        """The rows of neurons, a list of `NeuronGroup` from input to output."""
+        raise NotImplementedError
+
+    @property
+    def runs(self):
+        """How many independent networks this model holds."""
+        return next(self.parameters()).shape[0]
+
+    def pick(self, run):
+        """The same model with one run (an int) or with several (a list; repeats are allowed)."""
+        rows = torch.as_tensor([run] if isinstance(run, int) else run)
+        if rows.numel() == 0 or rows.min() < -self.runs or rows.max() >= self.runs:
+            raise ValueError(f"run is {run}; allowed are whole numbers below {self.runs}")
+        twin = copy.deepcopy(self)
+        for name, tensor in self.state_dict(keep_vars=True).items():
+            owner, _, leaf = name.rpartition(".")
+            chosen = tensor.detach()[rows.to(tensor.device)]
+            is_weight = isinstance(tensor, nn.Parameter)
+            setattr(twin.get_submodule(owner), leaf, nn.Parameter(chosen) if is_weight else chosen)
+        return twin
+
+
+class EmbeddedMLP(EmbeddedModel):
+    """`runs` multilayer perceptrons whose neurons have places.
+
+    shape:      features per row, input to output, e.g. (4, 20, 20, 2)
+    in_folds:   blocks of input features that share one row of places
+    embedding:  (tokens, dim) for token inputs, drawn from N(0, 1); in_folds * dim == shape[0]
+    places:     one (n, d) tensor per row, default `line(n)`; the input row has shape[0] / in_folds
+    frozen:     numbers of the rows that never swap (0 is the input)
+    activation: applied after every layer but the last
+
+    Attributes: `layers`; `embedding` (runs, tokens, dim) or None; `in_perm` and `out_perm`, integer
+    buffers (runs, n): the input feature or output that sits in each slot. Inputs and outputs of
+    the model stay in task order. With an embedding, whose own columns move, `in_perm` only tells
+    which of the first model's dimensions a slot now holds.
+
+    Raises ValueError when any of these does not fit.
+    """
+
+    def __init__(
+        self,
+        shape,
+        runs=1,
+        *,
+        in_folds=1,
+        embedding=None,
+        places=None,
+        frozen=(),
+        activation=F.silu,
+        generator=None,
+    ):
+        super().__init__()
+        self.shape = tuple(shape)
+        if len(self.shape) < 2:
+            raise ValueError(f"shape is {self.shape}; at least two rows are needed")
+        for n in self.shape:
+            _check_count("shape", n)
+        _check_count("runs", runs)
+        _check_count("in_folds", in_folds)
+        if self.shape[0] % in_folds:
+            raise ValueError(f"in_folds is {in_folds}; it must divide shape[0] = {self.shape[0]}")
+        counts = (self.shape[0] // in_folds, *self.shape[1:])
+        if embedding is not None:
+            self.embedding = _new_embedding(embedding, counts[0], runs, generator)
+        self.frozen = tuple(frozen)
+        if not set(self.frozen) <= set(range(len(counts))):
+            raise ValueError(f"frozen is {self.frozen}; rows are 0 to {len(counts) - 1}")
+        places = [line(n) for n in counts] if places is None else list(places)
+        if len(places) != len(counts):
+            raise ValueError(f"places has {len(places)} rows; shape has {len(counts)}")
+        for i, (row, n) in enumerate(zip(places, counts, strict=True)):
+            _check_places(f"places[{i}]", row, count=n)
+        self.layers = nn.ModuleList(
+            EmbeddedLinear(a, b, in_folds=folds, runs=runs, generator=generator)
+            for a, b, folds in zip(places, places[1:], [in_folds] + [1] * len(counts), strict=False)
+        )
+        self.register_buffer("in_perm", torch.arange(counts[0]).repeat(runs, 1))
+        self.register_buffer("out_perm", torch.arange(counts[-1]).repeat(runs, 1))
+        self.activation = activation
+
+    def forward(self, x):
+        """(batch, in) or (runs, batch, in) floats, or (batch, in_folds) integer tokens
+        -> (runs, batch, out). Raises ValueError for another width or an unknown token."""
+        return self.rows(x)[-1]
+
+    def rows(self, x):
+        """What `forward` computes on its way: a list of the values (runs, batch, n) of every row
+        after the input, hidden rows after their activation, neuron by slot, outputs in task order.
+        """
+        rows, last = [self._check_input(x)], len(self.layers) - 1
+        for i, layer in enumerate(self.layers):
+            weight, bias = layer.weight, layer.bias
+            if i == last:
+                weight = _task_order(weight, 1, self.out_perm)
+                bias = _task_order(bias, 1, self.out_perm)
+            if i == 0 and self.embedding is not None:
+                values = self._read_tokens(rows[0], weight) + bias[:, None]
+            else:
+                if i == 0:
+                    weight = _task_order(weight, 2, self.in_perm, layer.in_folds)
+                values = torch.baddbmm(bias[:, None], rows[-1], weight.transpose(1, 2))
+            rows.append(self.activation(values) if i < last else values)
+        return rows[1:]
+
+    def groups(self):
+        ends = {0: self.in_perm, len(self.layers): self.out_perm}
+        start = () if self.embedding is None else (self.embedding,)
+        names = ["input", *(f"A{i + 1}" for i in range(len(self.layers) - 1)), "output"]
+        return [
+            NeuronGroup(
+                name,
+                writers=(self.layers[i - 1],) if i else start,
+                readers=tuple(self.layers[i : i + 1]),
+                label=ends.get(i),
+                movable=i not in self.frozen,
+            )
+            for i, name in enumerate(names)
+        ]
+
+    def _read_tokens(self, tokens, weight):
+        """W [E[a]; E[b]] = T_0[a] + T_1[b], with tables T_f = E W_f^T of (runs, tokens, hidden)."""
+        blocks = weight.unflatten(2, (self.layers[0].in_folds, -1)).unbind(2)
+        tables = [self.embedding @ block.transpose(1, 2) for block in blocks]
+        return sum(t.index_select(1, tokens[:, f]) for f, t in enumerate(tables))
+
+    def _check_input(self, x):
+        if self.embedding is not None:
+            folds, tokens = self.layers[0].in_folds, self.embedding.shape[1]
+            if x.ndim != 2 or x.shape[1] != folds or x.is_floating_point():
+                raise ValueError(
+                    f"x is {x.dtype} of shape {tuple(x.shape)}; "
+                    f"allowed are integer tokens of shape (batch, {folds})"
+                )
+            if x.numel() and (x.min() < 0 or x.max() >= tokens):
+                raise ValueError(
+                    f"x has tokens {x.min()} to {x.max()}; allowed are 0 to {tokens - 1}"
+                )
+            return x.to(self.embedding.device)
+        shared = x.ndim == 2
+        if x.shape[-1:] != self.shape[:1] or not (shared or (x.ndim == 3 and len(x) == self.runs)):
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}; allowed are (batch, {self.shape[0]}) "
+                f"and ({self.runs}, batch, {self.shape[0]})"
+            )
+        x = x.to(self.layers[0].weight)  # the model's device and dtype
+        return x.expand(self.runs, *x.shape) if shared else x
+
+
+def _task_order(tensor, axis, perm, folds=1):
+    """`tensor` with what sits in slot s put at index perm[s] of `axis`."""
+    index = _unfold(perm, folds)
+    index = index[:, :, None] if axis == 1 and tensor.ndim == 3 else index
+    index = index[:, None] if axis == 2 else index
+    return torch.empty_like(tensor).scatter(axis, index.expand_as(tensor), tensor)
+
+
+def _unfold(perm, folds):
+    """A permutation of n places, (runs, n), as one of folds * n features."""
+    if folds == 1:
+        return perm
+    n = perm.shape[1]
+    return torch.cat([perm + f * n for f in range(folds)], 1)
+
+
+def _new_embedding(size, dim, runs, generator):
+    if len(size) != 2 or size[0] < 1 or size[1] != dim:
+        raise ValueError(
+            f"embedding is {size}; allowed is (tokens, {dim}), so that the tokens fill shape[0]"
+        )
+    return nn.Parameter(torch.empty(runs, *size).normal_(generator=generator))
+
+
+# ---------------------------------------------------------------- cost (paper, section 2)
+
+
+def connection_cost(model, A=1.0, y0=0.1, *, A_last=None, biases=True, reduce="sum"):
+    """Wiring cost of every run, (runs,): every weight pays |w| * (A * distance + y0), every bias
+    and every entry of an embedding y0 times its size.
+
+    `A_last` replaces A in the last layer. `biases=False` lets biases go free. `reduce="mean"`
+    averages within each tensor instead of summing (the authors do so for their larger networks).
+    `A`, `A_last` and `y0` are floats or tensors of shape (runs,).
+
+    Raises ValueError for an unknown `reduce` and for tensors of another length.
+    """
+    A, y0 = _per_run("A", A, model), _per_run("y0", y0, model)
+    A_last = A if A_last is None else _per_run("A_last", A_last, model)
+    layers = linear_layers(model)
+    total = 0.0
+    for layer in layers:
+        slope = A_last if layer is layers[-1] else A
+        price = _column(slope, 3) * layer.distance + _column(y0, 3)
+        total = total + _reduced(layer.weight.abs() * price, reduce)
+        if biases:
+            total = total + y0 * _reduced(layer.bias.abs(), reduce)
+    if model.embedding is not None:
+        total = total + y0 * _reduced(model.embedding.abs(), reduce)
+    return total
+
+
+def linear_layers(model):
+    """The `EmbeddedLinear` layers of a model in forward order."""
+    return [m for m in model.modules() if isinstance(m, EmbeddedLinear)]
+
+
+def _reduced(tensor, reduce):
+    """Sum or mean over all but the first axis."""
+    _check_choice("reduce", reduce, ("sum", "mean"))
+    axes = tuple(range(1, tensor.ndim))
+    return tensor.sum(axes) if reduce == "sum" else tensor.mean(axes)
+
+
+def _per_run(name, value, model):
+    """A setting given as a float or per run, ready to multiply tensors of shape (runs,)."""
+    if not isinstance(value, torch.Tensor):
+        return float(value)
+    if value.ndim and value.shape != (model.runs,):
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}; allowed are a float and ({model.runs},)"
+        )
+    parameter = next(model.parameters())
+    return value.to(parameter)
+
+
+def _column(value, ndim):
+    """A float as it is, a (runs,) tensor with axes added behind."""
+    if isinstance(value, torch.Tensor) and value.ndim:
+        return value.view(-1, *[1] * (ndim - 1))
+    return value
+
+
+# ---------------------------------------------------------------- swaps (paper, algorithm 1)
+
+
+@torch.no_grad()
+def swap_neurons(model, top_k=5, *, reduce="sum", method="greedy", runs=None, optimizer=None):
+    """Let neurons trade places where that shortens the wiring; outputs do not change.
+
+    method="greedy" (the paper): row by row from input to output, the slots are ranked once by the
+    sum of |w| of all wires of their neuron. For each of the first `top_k` slots, its neuron trades
+    places with the one, of all neurons of the row, that shortens the wiring most, if any does.
+    method="optimal" (ours): every row takes its best arrangement with the other rows held fixed, a
+    linear assignment problem; `top_k` plays no part.
+
+    runs:      boolean mask (runs,) of the networks to treat, default all
+    optimizer: if given, Adam's moments move with their neurons (the authors leave them behind)
+    reduce:    as in the loss; A, y0 and biases cannot change which swap is best
+
+    Returns by how much the distance part of the cost, sum of |w| * distance, fell: (runs,).
+    Raises ValueError for unknown names, negative `top_k`, a mask of another shape, non-finite
+    weights, and for a layer with one group at both its ends.
+    """
+    _check_choice("method", method, ("greedy", "optimal"))
+    _check_choice("reduce", reduce, ("sum", "mean"))
+    if not isinstance(top_k, int) or top_k < 0:
+        raise ValueError(f"top_k is {top_k}; allowed are whole numbers from 0")
+    treated = _check_mask("runs", runs, model)
+    _check_finite(model)
+    saved = torch.zeros(model.runs, dtype=torch.float64, device=treated.device)
+    for group in model.groups():
+        if set(map(id, group.writers)) & set(map(id, group.readers)):
+            raise ValueError(f"group {group.name} is at both ends of one layer; allowed is one end")
+        if not group.movable:
+            continue
+        score, wires, distance = _wiring(group, reduce)
+        if method == "greedy":
+            order, gain = _greedy_order(score, wires, distance, top_k)
+        else:
+            order, gain = _optimal_order(wires, distance)
+        here = torch.arange(order.shape[1], device=order.device)
+        order = torch.where(treated[:, None], order, here)
+        saved += torch.where(treated, gain, 0)
+        if not torch.equal(order, here.expand_as(order)):
+            _rearrange(group, order, optimizer)
+    return saved.to(next(model.parameters()).dtype)
+
+
+def _wiring(group, reduce):
+    """All wires of a row: the score of each slot (runs, n), the wires of its neuron
+    (runs, n, others) and how far each slot is from their other ends (n, others)."""
+    wires, distance, score = [], [], 0
+    n = len(group.places)
+    layers = [m for m in group.writers if isinstance(m, EmbeddedLinear)]
+    for layer, written in [(m, True) for m in layers] + [(m, False) for m in group.readers]:
+        weight = layer.weight.abs().double()
+        weight = weight if written else weight.transpose(1, 2)
+        length = layer.distance if written else layer.distance.T
+        weight = weight.unflatten(1, (-1, n)).sum(1)  # folds share their places
+        score = score + weight.sum(2)
+        wires.append(weight if reduce == "sum" else weight / layer.distance.numel())
+        distance.append(length[:n].double())
+    return score, torch.cat(wires, 2), torch.cat(distance, 1)
+
+
+def _greedy_order(score, wires, distance, top_k):
+    """The neuron that ends in each slot, (runs, n), and the gain, (runs,).
+
+    What neuron i would cost in slot s is linear in its wires: C[i, s] = wires[i] @ distance[s].
+    So trading the neurons of slots j and k changes the cost by C[n_j, k] + C[n_k, j] - C[n_j, j] -
+    C[n_k, k]. Only the ranked neurons' rows and the ranked slots' columns of C are ever asked for:
+    a slot that still waits for its turn can only have received a ranked neuron.
+    """
+    n_runs, n = score.shape
+    run = torch.arange(n_runs, device=score.device)
+    ranked = score.argsort(dim=1, descending=True, stable=True)
+    rank, top = ranked.argsort(1), ranked[:, :top_k]
+    rows = wires[run[:, None], top] @ distance.T  # (runs, top_k, n): ranked neuron, any slot
+    columns = wires @ distance[top].transpose(1, 2)  # (runs, n, top_k): any neuron, ranked slot
+    cost = (wires * distance).sum(2)  # (runs, n): what the neuron of each slot costs now
+    order = torch.arange(n, device=score.device).repeat(n_runs, 1)
+    gain, rounding = torch.zeros_like(cost[:, 0]), 1e-12 * cost.sum(1)
+    for turn, slot in enumerate(top.unbind(1)):
+        mover = order[run, slot]
+        there = rows[run, rank[run, mover]]
+        back = columns[..., turn].gather(1, order)
+        change = there + back - cost - cost[run, slot, None]
+        change[run, slot] = 0  # staying is one of the choices
+        best = change.amin(1)
+        other = (change <= (best + rounding)[:, None]).int().argmax(1)  # the first, if several
+        moves = best < -rounding
+        other = torch.where(moves, other, slot)
+        cost_slot = torch.where(moves, back[run, other], cost[run, slot])
+        cost_other = torch.where(moves, there[run, other], cost[run, slot])
+        gain -= change[run, other]
+        order[run, slot], order[run, other] = order[run, other], mover
+        cost[run, slot], cost[run, other] = cost_slot, cost_other
+    return order, gain
+
+
+def _optimal_order(wires, distance):
+    """As `_greedy_order`, but the best arrangement of the whole row."""
+    cost = (wires @ distance.T).cpu().numpy()
+    order = np.tile(np.arange(cost.shape[1]), (len(cost), 1))
+    gain = np.zeros(len(cost))
+    for run, table in enumerate(cost):
+        neuron, slot = linear_sum_assignment(table)
+        fall = np.trace(table) - table[neuron, slot].sum()
+        if fall > 1e-12 * np.trace(table):
+            order[run, slot], gain[run] = neuron, fall
+    return torch.from_numpy(order).to(wires.device), torch.from_numpy(gain).to(wires)
+
+
+def _rearrange(group, order, optimizer=None):
+    """Put neuron order[r, s] of every run r into slot s, in every tensor that knows the row."""
+    moved = []
+    for tensor, axis, folds in group.axes():
+        state = {} if optimizer is None else optimizer.state.get(tensor, {})
+        moments = [m for m in state.values() if getattr(m, "shape", None) == tensor.shape]
+        for values in (tensor, *moments):
+            index = _unfold(order, folds)
+            index = index.view(*index.shape, *[1] * (values.ndim - 2)).transpose(1, axis)
+            moved.append((values, values.gather(axis, index.expand_as(values))))
+    try:
+        _copy_all(moved)
+    except BaseException:  # an interrupt half-way would leave a network that computes nonsense
+        _copy_all(moved)
+        raise
+
+
+def _copy_all(pairs):
+    for target, values in pairs:
+        target.copy_(values)
+
+
+# ---------------------------------------------------------------- training (paper, section 3)
+
+
+def mse_loss(outputs, targets):
+    """Mean squared error of every run, (runs,), of outputs (runs, batch, out)."""
+    return (outputs - targets.to(outputs)).square().mean((1, 2))
+
+
+def cross_entropy(outputs, classes):
+    """Cross-entropy of every run, (runs,), of outputs (runs, batch, out) for classes (batch,)."""
+    chosen = classes.to(outputs.device).expand(len(outputs), -1)[..., None]
+    return -outputs.log_softmax(2).gather(2, chosen).mean((1, 2))
+
+
+def accuracy(outputs, classes):
+    """Share of right answers of every run, (runs,), of outputs (runs, batch, out)."""
+    return (outputs.argmax(2) == classes.to(outputs.device)).to(outputs.dtype).mean(1)
+
+
+@dataclass
+class History:
+    """What `train` saw.
+
+    steps (logs,); losses and costs (logs, runs); metrics: name -> (logs, runs); snapshots: step ->
+    state of the networks; phases: the steps at which lamb changes; seconds in all, swap_seconds of
+    them in swaps; finished: False after an interrupt. Lists while training runs, then tensors.
+    """
+
+    model: EmbeddedModel
+    phases: list
+    steps: list = field(default_factory=list)
+    losses: list = field(default_factory=list)
+    costs: list = field(default_factory=list)
+    metrics: dict = field(default_factory=dict)
+    snapshots: dict = field(default_factory=dict)
+    seconds: float = 0.0
+    swap_seconds: float = 0.0
+    finished: bool = False
+
+    def at(self, step):
+        """The model as it was at snapshot `step`: always the same object, with other weights."""
+        if step not in self.snapshots:
+            raise ValueError(f"step is {step}; there are snapshots at {sorted(self.snapshots)}")
+        self.model.load_state_dict(self.snapshots[step])
+        return self.model
+
+    @torch.no_grad()
+    def log(self, step, model, loss, cost, metrics):
+        """Add one line."""
+        self.steps.append(step)
+        self.losses.append(loss.detach().cpu())
+        self.costs.append(cost.detach().cpu())
+        for name, metric in metrics.items():
+            self.metrics.setdefault(name, []).append(metric(model).cpu())
+
+    def close(self):
+        """Turn the lists into tensors (logs, runs)."""
+        width = min(map(len, (self.steps, self.losses, self.costs, *self.metrics.values())))
+        del self.steps[width:]
+        for name in ("losses", "costs"):
+            setattr(self, name, _stacked(getattr(self, name)[:width]))
+        self.metrics = {name: _stacked(values[:width]) for name, values in self.metrics.items()}
+
+
+def _stacked(values):
+    return torch.stack(values) if values else torch.empty(0, 0)
+
+
+def train(
+    model,
+    loss_fn,
+    *,
+    steps,
+    lr,
+    lamb,
+    cost=connection_cost,
+    swap_every=200,
+    top_k=5,
+    swap_runs=None,
+    method="greedy",
+    reduce="sum",
+    carry_moments=False,
+    metrics=None,
+    log_every=None,
+    snapshot_every=None,
+    snapshot_runs=None,
+    label="training",
+):
+    """Minimise loss + lamb * cost by AdamW (no weight decay), with swaps; returns a `History`.
+
+    loss_fn:        loss_fn(model) -> (runs,)
+    lamb:           a value, or a list of phases (fraction of training, value), in order, the first
+                    at fraction 0; a value is a float or a tensor (runs,)
+    cost:           cost(model) -> (runs,), or a list of phases (fraction, callable)
+    swap_every:     steps between swaps, 0 for never; `top_k`, `method` and `reduce` as in
+                    `swap_neurons`; `swap_runs` is the mask (runs,) of the networks that swap
+    carry_moments:  Adam's moments move with their neurons; the authors leave them behind
+    metrics:        name -> metric(model) -> (runs,), evaluated without gradients
+    log_every:      steps between lines of the history, default a hundredth of the training
+    snapshot_every: steps between snapshots, default only the first and the last;
+                    `snapshot_runs` lists the runs that they keep, default all
+
+    Ctrl-C returns what there is. Raises FloatingPointError, naming run and step, for a loss that
+    is not finite; ValueError for phases out of order and for tensors of another shape.
+    """
+    _check_count("steps", steps)
+    lambs = [(at, _per_run("lamb", value, model)) for at, value in _phases("lamb", lamb, steps)]
+    costs, swap_runs = _phases("cost", cost, steps), _check_mask("swap_runs", swap_runs, model)
+    log_every, metrics = log_every or max(1, steps // 100), metrics or {}
+    kept = list(range(model.runs)) if snapshot_runs is None else list(snapshot_runs)
+    history = History(model.pick(kept), [at for at, _ in lambs[1:]])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
+    began, step = time.perf_counter(), 0
+    try:
+        for step in tqdm(range(steps), label, mininterval=5, ncols=80):
+            loss, wiring = loss_fn(model), phase_value(costs, step)(model)
+            if step % log_every == 0:
+                history.log(step, model, loss, wiring, metrics)
+            if step % (snapshot_every or steps) == 0:
+                history.snapshots[step] = _state(model, kept)
+            _descend(optimizer, loss + phase_value(lambs, step) * wiring, model, step)
+            if swap_every and (step + 1) % swap_every == 0:
+                swaps_began, carried = time.perf_counter(), optimizer if carry_moments else None
+                swap_neurons(
+                    model, top_k, reduce=reduce, method=method, runs=swap_runs, optimizer=carried
+                )
+                history.swap_seconds += time.perf_counter() - swaps_began
+        with torch.no_grad():
+            history.log(steps, model, loss_fn(model), phase_value(costs, steps)(model), metrics)
+        history.finished, step = True, steps
+    except KeyboardInterrupt:
+        print(f"interrupted at step {step} of {steps}; what there is can be used")
+    history.snapshots[step] = _state(model, kept)
+    history.seconds = time.perf_counter() - began
+    history.close()
+    return history
+
+
+def phase_value(phases, step):
+    """The value in force at `step`, of phases (first step, value) in order."""
+    return [value for first, value in phases if first <= step][-1]
+
+
+def _phases(name, phases, steps):
+    """[(fraction, value), ...] or one value for all time -> [(first step, value), ...]."""
+    if not isinstance(phases, list | tuple):
+        phases = [(0, phases)]
+    fractions = [fraction for fraction, _ in phases]
+    in_order = all(a < b for a, b in itertools.pairwise(fractions))
+    if not phases or fractions[0] != 0 or not in_order or fractions[-1] > 1:
+        raise ValueError(f"{name} has phases at {fractions}; allowed are rising fractions 0 to 1")
+    return [(int(fraction * steps + 1e-9), value) for fraction, value in phases]
+
+
+def _descend(optimizer, objective, model, step):
+    if objective.shape != (model.runs,):
+        raise ValueError(
+            f"loss_fn and cost give shape {tuple(objective.shape)}; allowed is ({model.runs},)"
+        )
+    total = objective.sum()
+    if not math.isfinite(total.item()):
+        run = (~objective.isfinite()).nonzero().flatten().tolist()
+        raise FloatingPointError(f"loss is not finite in run {run} at step {step}")
+    optimizer.zero_grad()
+    total.backward()
+    optimizer.step()
+
+
+def _state(model, runs):
+    """A copy of the state of some runs, on the CPU."""
+    return {name: tensor.detach()[runs].cpu() for name, tensor in model.state_dict().items()}
+
+
+# ---------------------------------------------------------------- structure (ours)
+
+
+@contextlib.contextmanager
+def pruned(model, threshold):
+    """Inside `with pruned(model, threshold):` all weights, biases and entries of an embedding of
+    size up to `threshold`, a float or (runs,), are zero; afterwards they are back."""
+    threshold = _per_run("threshold", threshold, model)
+    with torch.no_grad():
+        before = [p.clone() for p in model.parameters()]
+        try:
+            for p in model.parameters():
+                p[p.abs() <= _column(threshold, p.ndim)] = 0
+            yield model
+        finally:
+            for p, values in zip(model.parameters(), before, strict=True):
+                p.copy_(values)
+
+
+@torch.no_grad()
+def prune_threshold(model, loss_fn, tolerance=0.05, candidates=None):
+    """The largest threshold, (runs,), up to which pruning raises no run's loss by more than the
+    share `tolerance`. `candidates` are the thresholds tried, rising, default 1e-4 to 1 in 81."""
+    candidates = np.geomspace(1e-4, 1, 81) if candidates is None else candidates
+    allowed = loss_fn(model) * (1 + tolerance)
+    best = torch.zeros_like(allowed)
+    fine = torch.ones_like(allowed, dtype=torch.bool)
+    for threshold in candidates:
+        with pruned(model, float(threshold)):
+            fine &= loss_fn(model) <= allowed
+        best[fine] = float(threshold)
+        if not fine.any():
+            break
+    return best
+
+
+def wires_between(model):
+    """Every layer with the rows at its ends: a list of (layer, group read, group written)."""
+    groups = model.groups()
+    return [
+        (
+            layer,
+            next(g for g in groups if any(layer is m for m in g.readers)),
+            next(g for g in groups if any(layer is m for m in g.writers)),
+        )
+        for layer in linear_layers(model)
+    ]
+
+
+def wiring_graph(model, run=0, threshold=0.0, live=True):
+    """One network as a `networkx.DiGraph`: nodes (row, slot), an edge for every |w| > threshold,
+    its attribute `weight` the sum of |w| over folds. `live` keeps only what lies on a path from
+    the input row to the output row."""
+    groups = model.groups()
+    graph = nx.DiGraph()
+    for group in groups:
+        graph.add_nodes_from((group.name, slot) for slot in range(len(group.places)))
+    for layer, source, target in wires_between(model):
+        size = layer.weight[run].detach().abs()
+        size = torch.where(size > threshold, size, 0)
+        size = size.view(layer.out_folds, len(target.places), layer.in_folds, -1).sum((0, 2))
+        for j, i in size.nonzero().tolist():
+            graph.add_edge((source.name, i), (target.name, j), weight=size[j, i].item())
+    if live:
+        starts = [(groups[0].name, slot) for slot in range(len(groups[0].places))]
+        ends = [(groups[-1].name, slot) for slot in range(len(groups[-1].places))]
+        graph = graph.subgraph(_reached(graph, starts) & _reached(graph.reverse(copy=False), ends))
+    return graph
+
+
+def _reached(graph, starts):
+    """The nodes that a path of at least one edge leads to, and the starts that have one."""
+    starts = [node for node in starts if graph.out_degree(node)]
+    return set(starts).union(*nx.bfs_layers(graph, starts)) if starts else set()
+
+
+def live_neurons(model, run=0, threshold=0.0):
+    """Slots of the neurons on an input-to-output path of the pruned network: row name -> list."""
+    live = sorted(wiring_graph(model, run, threshold))
+    return {g.name: [slot for name, slot in live if name == g.name] for g in model.groups()}
+
+
+def modules(model, run=0, threshold=0.0):
+    """Modules of the pruned network: the connected components of what lies on input-to-output
+    paths, a list of sets of (row, slot), largest first."""
+    parts = nx.weakly_connected_components(wiring_graph(model, run, threshold))
+    return sorted(parts, key=lambda part: (-len(part), sorted(part)))
+
+
+def inputs_read(model, run=0, threshold=0.0):
+    """For every output, in task order, the set of input features that reach it after pruning."""
+    graph, groups = wiring_graph(model, run, threshold), model.groups()
+    features, first = groups[0].label[run].tolist(), groups[0].name
+    slots = groups[-1].label[run].argsort().tolist()
+    outputs = [(groups[-1].name, slot) for slot in slots]
+    return [
+        {features[slot] for name, slot in nx.ancestors(graph, node) if name == first}
+        if node in graph
+        else set()
+        for node in outputs
+    ]
+
+
+@torch.no_grad()
+def wiring_length(model):
+    """Total length of the wiring, sum of |w| * distance, (runs,)."""
+    return sum((m.weight.abs() * m.distance).sum((1, 2)) for m in linear_layers(model))
+
+
+@torch.no_grad()
+def mean_wire(model):
+    """Length of the average wire, weighted by |w|, (runs,)."""
+    return wiring_length(model) / sum(m.weight.abs().sum((1, 2)) for m in linear_layers(model))
+
+
+def newman_modularity(model, run=0, threshold=0.0, seed=0):
+    """Newman's Q of the best communities that Louvain's method finds in the pruned network, with
+    |w| as weights; 0 for a network without wires."""
+    graph = wiring_graph(model, run, threshold).to_undirected()
+    if graph.number_of_edges() == 0:
+        return 0.0
+    return nx.community.modularity(graph, nx.community.louvain_communities(graph, seed=seed))
+
+
+@torch.no_grad()
+def shuffled(model, generator=None):
+    """A null model: a copy of `model` with the weights of each layer in random order, other for
+    every run. `generator` lives on the CPU."""
+    twin = model.pick(list(range(model.runs)))
+    for layer in linear_layers(twin):
+        weight = layer.weight.flatten(1)
+        order = torch.rand(weight.shape, generator=generator).argsort(1).to(weight.device)
+        layer.weight.copy_(weight.gather(1, order).view_as(layer.weight))
+    return twin
+
+
+# ---------------------------------------------------------------- pictures
+
+POSITIVE, NEGATIVE = "#2040e0", "#e03020"
+
+
+def plot_network(
+    model,
+    run=0,
+    ax=None,
+    *,
+    in_labels=None,
+    out_labels=None,
+    row_names=True,
+    threshold=None,
+    width=2.0,
+    dot=12,
+    fontsize=10,
+):
+    """Draw one network, inputs below: dots at the places, a line for every weight of size above
+    `threshold` (default a hundredth of its layer's largest), blue if positive, red if negative,
+    as wide as |w| / max |w| of its layer times `width` points. Two folds of inputs make two rows
+    of dots, each with its own weights. `in_labels` and `out_labels`, in task order, follow the
+    neurons. Returns the axes."""
+    ax = plt.subplots(figsize=(5, 4))[1] if ax is None else ax
+    groups, dots = model.groups(), []
+    height = {group.name: i for i, group in enumerate(groups)}
+    for layer, source, target in wires_between(model):
+        lower = _fold_positions(source, height, layer.in_folds)
+        upper = _fold_positions(target, height, layer.out_folds)
+        ax.add_collection(_wire_lines(layer.weight[run], lower, upper, threshold, width))
+        dots += [lower, upper]
+    ax.scatter(*np.unique(np.concatenate(dots), axis=0).T, s=dot, c="black", lw=0, zorder=3)
+    low = -0.25 * (groups[0].readers[0].in_folds - 1)
+    _write_labels(ax, groups[0], run, in_labels, low - 0.12, "top", fontsize)
+    _write_labels(ax, groups[-1], run, out_labels, len(groups) - 1 + 0.12, "bottom", fontsize)
+    for name, y in height.items() if row_names else ():
+        ax.text(-0.03, y, name, ha="right", va="center", fontsize=fontsize)
+    ax.set(xlim=(-0.02, 1.02), ylim=(low - 0.4, len(groups) - 0.6))
+    ax.axis("off")
+    return ax
+
+
+def _fold_positions(group, height, folds):
+    """Where a row's dots are in the picture, (folds * n, 2)."""
+    x, y = group.places[:, 0].cpu().numpy(), height[group.name]
+    return np.concatenate([np.stack([x, np.full(len(x), y - 0.25 * f)], 1) for f in range(folds)])
+
+
+def _wire_lines(weight, lower, upper, threshold, width):
+    """One layer's weights (out, in) as a `LineCollection`, thick lines on top."""
+    weight = weight.detach().cpu().numpy()
+    size = np.abs(weight)
+    largest = size.max(initial=0) or 1.0
+    j, i = np.nonzero(size > (0.01 * largest if threshold is None else threshold))
+    order = size[j, i].argsort()
+    j, i = j[order], i[order]
+    return LineCollection(
+        np.stack([lower[i], upper[j]], 1),
+        linewidths=width * size[j, i] / largest,
+        colors=np.where(weight[j, i] > 0, POSITIVE, NEGATIVE),
+        capstyle="round",
+    )
+
+
+def _write_labels(ax, group, run, labels, y, va, fontsize):
+    if labels is not None:
+        for x, item in zip(group.places[:, 0].tolist(), group.label[run].tolist(), strict=True):
+            ax.text(x, y, labels[item], ha="center", va=va, fontsize=fontsize)
+
+
+def plot_curves(history, values, ax=None, *, ylabel="", label=None, color=None, log=True):
+    """Median over runs of `values` (logs, runs) with the range as a band, the phases of lamb as
+    dotted lines. Returns the axes."""
+    ax = plt.subplots(figsize=(5, 3))[1] if ax is None else ax
+    values = torch.as_tensor(values)
+    (drawn,) = ax.plot(history.steps, values.quantile(0.5, 1), label=label, color=color)
+    ax.fill_between(
+        history.steps, values.amin(1), values.amax(1), alpha=0.2, color=drawn.get_color(), lw=0
+    )
+    for step in history.phases:
+        ax.axvline(step, color="grey", ls=":", lw=1)
+    ax.set(xlabel="step", ylabel=ylabel, yscale="log" if log else "linear")
+    return ax
+
+
+def animate(history, draw, path, *, figsize=(6, 4), fps=12, dpi=100):
+    """Film the snapshots: draw(fig, model, step) draws one frame on an empty figure. Writes an
+    H.264 video for .mp4, an animated picture for .gif; a plain name goes where `save_figure`
+    writes. Returns the path."""
+    path = figure_folder() / path
+    with plt.rc_context({"animation.ffmpeg_path": imageio_ffmpeg.get_ffmpeg_exe()}):
+        fig = plt.figure(figsize=figsize)
+        if path.suffix == ".mp4":
+            writer = FFMpegWriter(fps, codec="h264", extra_args=["-pix_fmt", "yuv420p"])
+        elif path.suffix == ".gif":
+            writer = PillowWriter(fps)
+        else:
+            raise ValueError(f"path is {path.name}; allowed are names in .mp4 and .gif")
+        with writer.saving(fig, path, dpi):
+            for step in sorted(history.snapshots):
+                fig.clear()
+                draw(fig, history.at(step), step)
+                writer.grab_frame()
+        plt.close(fig)
+    return path
+
+
+def explore(history, draw, *, figsize=(6, 4)):
+    """A slider with a play button over the snapshots, each drawn by draw(fig, model, step)."""
+    import ipywidgets as widgets  # only notebooks need it
+
+    steps = sorted(history.snapshots)
+    play = widgets.Play(max=len(steps) - 1, interval=300, description="play")
+    slider = widgets.SelectionSlider(options=steps, value=steps[-1], description="step")
+    out = widgets.Output()
+
+    def show(_=None):
+        with out:
+            out.clear_output(wait=True)
+            fig = plt.figure(figsize=figsize)
+            draw(fig, history.at(slider.value), slider.value)
+            plt.show()
+
+    play.observe(lambda change: setattr(slider, "index", change.new), "value")
+    slider.observe(show, "value")
+    show()
+    return widgets.VBox([widgets.HBox([play, slider]), out])
+
+
+# ---------------------------------------------------------------- figures and claims
+
+
+def figure_folder():
+    """Where figures, videos and claims go: $BIMT_FIGURES, else `figures/` beside this module."""
+    folder = Path(os.environ.get("BIMT_FIGURES") or Path(__file__).parent / "figures")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def save_figure(fig, name):
+    """Write `fig` as name.png and name.pdf into `figure_folder()`; returns the path of the PNG."""
+    path = figure_folder() / f"{name}.png"
+    fig.savefig(path, dpi=160, bbox_inches="tight")
+    fig.savefig(path.with_suffix(".pdf"), bbox_inches="tight", metadata={"CreationDate": None})
+    return path
+
+
+class Claims:
+    """The paper's claims about one figure beside what our runs show.
+
+    A claim holds if it holds in more than half of the runs.
+    """
+
+    def __init__(self, figure):
+        self.figure, self.rows = figure, []
+
+    def add(self, claim, values, held, authors="", unit=""):
+        """One claim: our number in every run, whether it held in every run, the authors' number."""
+        values = np.asarray(values, dtype=float)
+        held = np.asarray(held, dtype=bool)
+        if values.shape != held.shape or values.ndim != 1 or not len(values):
+            raise ValueError(
+                f"values and held have shapes {values.shape} and {held.shape}; allowed is one "
+                "number and one verdict per run"
+            )
+        low, median, high = np.quantile(values, [0, 0.5, 1], method="nearest").tolist()
+        self.rows.append(
+            {
+                "claim": claim,
+                "authors": str(authors),
+                "median": median,
+                "min": low,
+                "max": high,
+                "unit": unit,
+                "runs": len(held),
+                "held": int(held.sum()),
+            }
+        )
+
+    def verdict(self):
+        """How many claims hold, in one line."""
+        held = sum(2 * row["held"] > row["runs"] for row in self.rows)
+        return f"Figure {self.figure}: {held} of {len(self.rows)} claims hold in most runs"
+
+    def save(self):
+        """Write claims_figure_N.json beside the figures; returns its path."""
+        path = figure_folder() / f"claims_figure_{self.figure}.json"
+        path.write_text(json.dumps({"figure": self.figure, "claims": self.rows}, indent=1) + "\n")
+        return path
+
+    def _repr_markdown_(self):
+        return claims_table(self.rows)
+
+
+def claims_table(rows):
+    """Claims as a Markdown table."""
+    lines = [
+        "| claim | authors | ours: median [min, max] | held in | verdict |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        ours = "{median:.3g} [{min:.3g}, {max:.3g}] {unit}".format(**row).strip()
+        verdict = "held" if 2 * row["held"] > row["runs"] else "**not held**"
+        share = f"{row['held']} of {row['runs']}"
+        lines.append(f"| {row['claim']} | {row['authors'] or '-'} | {ours} | {share} | {verdict} |")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- checks of arguments
+
+
+def _check_count(name, value):
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} is {value!r}; allowed are whole numbers from 1")
+
+
+def _check_choice(name, value, allowed):
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
+
+
+def _check_places(name, places, count=None, dims=None):
+    """Places are (n, d); `count` and `dims` fix n and d."""
+    shape = tuple(getattr(places, "shape", ()))
+    fits = len(shape) == 2 and min(shape) > 0
+    if not fits or (count or shape[0]) != shape[0] or (dims or shape[1]) != shape[1]:
+        raise ValueError(f"{name} has shape {shape}; allowed is ({count or 'n'}, {dims or 'd'})")
+
+
+def _check_mask(name, mask, model):
+    """A boolean mask of runs on the model's device; None means all."""
+    device = next(model.parameters()).device
+    if mask is None:
+        return torch.ones(model.runs, dtype=torch.bool, device=device)
+    mask = torch.as_tensor(mask, device=device)
+    if mask.shape != (model.runs,) or mask.dtype != torch.bool:
+        raise ValueError(
+            f"{name} is {mask.dtype} of shape {tuple(mask.shape)}; allowed is bool ({model.runs},)"
+        )
+    return mask
+
+
+def _check_finite(model):
+    for name, p in model.named_parameters():
+        if not p.isfinite().all():
+            run = (~p.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
+            raise ValueError(f"{name} is not finite in run {run}; allowed are finite weights")

@@ -1,0 +1,115 @@
+"""Slow, plain implementations that the tests and the benchmark compare with."""
+
+import itertools
+
+import torch
+
+from bimt_utils import EmbeddedLinear, linear_layers
+
+
+def cost_by_loops(model, run, A, y0, A_last=None, biases=True, reduce="sum"):
+    """The wiring cost of one run, one weight at a time."""
+    layers, total = linear_layers(model), 0.0
+    for number, layer in enumerate(layers):
+        slope = A if A_last is None or number < len(layers) - 1 else A_last
+        n_out, n_in = layer.weight.shape[1:]
+        a, b = layer.in_places, layer.out_places
+        cost = 0.0
+        for j, i in itertools.product(range(n_out), range(n_in)):
+            ends = zip(b[j % len(b)].tolist(), a[i % len(a)].tolist(), strict=True)
+            distance = sum(abs(p - q) for p, q in ends)
+            cost += abs(layer.weight[run, j, i].item()) * (slope * distance + y0)
+        total += cost / (n_out * n_in) if reduce == "mean" else cost
+        if biases:
+            cost = sum(y0 * abs(layer.bias[run, j].item()) for j in range(n_out))
+            total += cost / n_out if reduce == "mean" else cost
+    if model.embedding is not None:
+        values = model.embedding[run].flatten().tolist()
+        cost = sum(y0 * abs(value) for value in values)
+        total += cost / len(values) if reduce == "mean" else cost
+    return total
+
+
+def distance_cost(model, run, reduce="sum"):
+    """The distance part of the wiring cost of one run, in double precision."""
+    total = 0.0
+    for layer in linear_layers(model):
+        cost = (layer.weight[run].detach().abs().double() * layer.distance.double()).sum().item()
+        total += cost / layer.distance.numel() if reduce == "mean" else cost
+    return total
+
+
+def trade(group, run, j, k):
+    """Let the neurons in slots j and k of one run trade places, fold by fold."""
+    for tensor, axis, folds in group.axes():
+        row = tensor[run].detach()
+        n = row.shape[axis - 1] // folds
+        for fold in range(folds):
+            a, b = fold * n + j, fold * n + k
+            first, second = row.select(axis - 1, a).clone(), row.select(axis - 1, b).clone()
+            row.select(axis - 1, a).copy_(second)
+            row.select(axis - 1, b).copy_(first)
+
+
+def score_of_slot(group, run, slot):
+    """Sum of |w| of everything written to and read from one slot."""
+    total = 0.0
+    n = len(group.places)
+    for layer in group.writers:
+        if isinstance(layer, EmbeddedLinear):
+            total += sum(
+                layer.weight[run, slot + f * n].abs().double().sum().item()
+                for f in range(layer.out_folds)
+            )
+    for layer in group.readers:
+        total += sum(
+            layer.weight[run, :, slot + f * n].abs().double().sum().item()
+            for f in range(layer.in_folds)
+        )
+    return total
+
+
+def greedy_by_search(model, run, top_k, reduce="sum"):
+    """The paper's swap by brute force: trade, measure the whole cost again, trade back."""
+    for group in model.groups():
+        if not group.movable:
+            continue
+        n = len(group.places)
+        scores = [score_of_slot(group, run, slot) for slot in range(n)]
+        for j in sorted(range(n), key=lambda slot: -scores[slot])[:top_k]:
+            costs = []
+            for k in range(n):
+                trade(group, run, j, k)
+                costs.append(distance_cost(model, run, reduce))
+                trade(group, run, j, k)
+            lowest = min(costs)
+            best = next(k for k in range(n) if costs[k] <= lowest + 1e-12)
+            if costs[best] < costs[j] - 1e-12:
+                trade(group, run, j, best)
+
+
+def optimal_by_search(model, run, reduce="sum"):
+    """Every row in turn takes the best of all its arrangements."""
+    for group in model.groups():
+        n = len(group.places)
+        best, lowest = None, distance_cost(model, run, reduce) - 1e-12
+        saved = model.pick(run)
+        for order in itertools.permutations(range(n)):
+            arranged = saved.pick(0)
+            arrange(next(g for g in arranged.groups() if g.name == group.name), 0, order)
+            cost = distance_cost(arranged, 0, reduce)
+            if cost < lowest:
+                best, lowest = order, cost
+        if best is not None:
+            arrange(group, run, best)
+
+
+def arrange(group, run, order):
+    """Put neuron order[slot] into every slot of one run."""
+    for tensor, axis, folds in group.axes():
+        row = tensor[run].detach()
+        n = row.shape[axis - 1] // folds
+        index = torch.cat([torch.as_tensor(order) + f * n for f in range(folds)])
+        row.copy_(row.index_select(axis - 1, index))
+
+
