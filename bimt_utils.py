@@ -35,6 +35,8 @@ import networkx as nx
 import numpy as np
 import torch
 import torch.nn.functional as F
+from IPython import get_ipython
+from IPython.display import display
 from matplotlib.animation import FFMpegWriter, PillowWriter
 from matplotlib.collections import LineCollection
 from scipy.optimize import linear_sum_assignment
@@ -528,13 +530,14 @@ def mse_loss(outputs, targets):
 
 
 def cross_entropy(outputs, classes):
-    """Cross-entropy of every run, (runs,), of outputs (runs, batch, out) for classes (batch,)."""
+    """Cross-entropy of every run, (runs,), of outputs (runs, batch, out) for classes (batch,)
+    or (runs, batch)."""
     chosen = classes.to(outputs.device).expand(len(outputs), -1)[..., None]
     return -outputs.log_softmax(2).gather(2, chosen).mean((1, 2))
 
 
 def accuracy(outputs, classes):
-    """Share of right answers of every run, (runs,), of outputs (runs, batch, out)."""
+    """Share of right answers of every run, (runs,); arguments as in `cross_entropy`."""
     return (outputs.argmax(2) == classes.to(outputs.device)).to(outputs.dtype).mean(1)
 
 
@@ -598,9 +601,9 @@ def train(
     swap_every=200,
     top_k=5,
     swap_runs=None,
-    method="greedy",
     reduce="sum",
     carry_moments=False,
+    swap=None,
     metrics=None,
     log_every=None,
     snapshot_every=None,
@@ -613,9 +616,10 @@ def train(
     lamb:           a value, or a list of phases (fraction of training, value), in order, the first
                     at fraction 0; a value is a float or a tensor (runs,)
     cost:           cost(model) -> (runs,), or a list of phases (fraction, callable)
-    swap_every:     steps between swaps, 0 for never; `top_k`, `method` and `reduce` as in
-                    `swap_neurons`; `swap_runs` is the mask (runs,) of the networks that swap
+    swap_every:     steps between swaps, 0 for never; `top_k` and `reduce` as in `swap_neurons`;
+                    `swap_runs` is the mask (runs,) of the networks that swap
     carry_moments:  Adam's moments move with their neurons; the authors leave them behind
+    swap:           swap(model, optimizer), called in place of all that
     metrics:        name -> metric(model) -> (runs,), evaluated without gradients
     log_every:      steps between lines of the history, default a hundredth of the training
     snapshot_every: steps between snapshots, default only the first and the last;
@@ -629,22 +633,28 @@ def train(
     costs, swap_runs = _phases("cost", cost, steps), _check_mask("swap_runs", swap_runs, model)
     log_every, metrics = log_every or max(1, steps // 100), metrics or {}
     kept = list(range(model.runs)) if snapshot_runs is None else list(snapshot_runs)
+    if swap is None:
+
+        def swap(model, optimizer):
+            carried = optimizer if carry_moments else None
+            swap_neurons(model, top_k, reduce=reduce, runs=swap_runs, optimizer=carried)
+
     history = History(model.pick(kept), [at for at, _ in lambs[1:]])
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
     began, step = time.perf_counter(), 0
     try:
-        for step in tqdm(range(steps), label, mininterval=5, ncols=80):
+        for step in tqdm(range(steps), label, ncols=80, file=_progress_line()):
             loss, wiring = loss_fn(model), phase_value(costs, step)(model)
+            _check_shape("loss_fn(model)", loss, (model.runs,))
+            _check_shape("cost(model)", wiring, (model.runs,))
             if step % log_every == 0:
                 history.log(step, model, loss, wiring, metrics)
             if step % (snapshot_every or steps) == 0:
                 history.snapshots[step] = _state(model, kept)
-            _descend(optimizer, loss + phase_value(lambs, step) * wiring, model, step)
+            _descend(optimizer, loss, phase_value(lambs, step) * wiring, step)
             if swap_every and (step + 1) % swap_every == 0:
-                swaps_began, carried = time.perf_counter(), optimizer if carry_moments else None
-                swap_neurons(
-                    model, top_k, reduce=reduce, method=method, runs=swap_runs, optimizer=carried
-                )
+                swaps_began = time.perf_counter()
+                swap(model, optimizer)
                 history.swap_seconds += time.perf_counter() - swaps_began
         with torch.no_grad():
             history.log(steps, model, loss_fn(model), phase_value(costs, steps)(model), metrics)
@@ -655,6 +665,28 @@ def train(
     history.seconds = time.perf_counter() - began
     history.close()
     return history
+
+
+class _DisplayLine:
+    """Where tqdm writes in a notebook: one output that is replaced, so that what is saved is the
+    last state and not every one."""
+
+    handle = None
+
+    def write(self, text):
+        data = {"text/plain": text.strip("\r\n")}
+        if data["text/plain"].strip():
+            if self.handle is None:
+                self.handle = display(data, raw=True, display_id=True)
+            else:
+                self.handle.update(data, raw=True)
+
+    def flush(self):
+        pass
+
+
+def _progress_line():
+    return _DisplayLine() if hasattr(get_ipython(), "kernel") else None
 
 
 def phase_value(phases, step):
@@ -673,11 +705,9 @@ def _phases(name, phases, steps):
     return [(int(fraction * steps + 1e-9), value) for fraction, value in phases]
 
 
-def _descend(optimizer, objective, model, step):
-    if objective.shape != (model.runs,):
-        raise ValueError(
-            f"loss_fn and cost give shape {tuple(objective.shape)}; allowed is ({model.runs},)"
-        )
+def _descend(optimizer, loss, price, step):
+    """One step down loss + price, both (runs,)."""
+    objective = loss + price
     total = objective.sum()
     if not math.isfinite(total.item()):
         run = (~objective.isfinite()).nonzero().flatten().tolist()
@@ -993,7 +1023,7 @@ class Claims:
                 f"values and held have shapes {values.shape} and {held.shape}; allowed is one "
                 "number and one verdict per run"
             )
-        low, median, high = np.quantile(values, [0, 0.5, 1], method="nearest").tolist()
+        low, median, high = np.quantile(values, [0, 0.5, 1]).tolist()
         self.rows.append(
             {
                 "claim": claim,
@@ -1008,7 +1038,7 @@ class Claims:
         )
 
     def verdict(self):
-        """How many claims hold, in one line."""
+        """How many of the claims hold, in one line."""
         held = sum(2 * row["held"] > row["runs"] for row in self.rows)
         return f"Figure {self.figure}: {held} of {len(self.rows)} claims hold in most runs"
 
@@ -1042,6 +1072,11 @@ def claims_table(rows):
 def _check_count(name, value):
     if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} is {value!r}; allowed are whole numbers from 1")
+
+
+def _check_shape(name, tensor, shape):
+    if tensor.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; allowed is {tuple(shape)}")
 
 
 def _check_choice(name, value, allowed):

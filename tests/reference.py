@@ -111,5 +111,3 @@ def arrange(group, run, order):
         n = row.shape[axis - 1] // folds
         index = torch.cat([torch.as_tensor(order) + f * n for f in range(folds)])
         row.copy_(row.index_select(axis - 1, index))
-
-
