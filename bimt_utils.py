@@ -39,6 +39,7 @@ from IPython import get_ipython
 from IPython.display import display
 from matplotlib.animation import FFMpegWriter, PillowWriter
 from matplotlib.collections import LineCollection
+from matplotlib.colors import to_rgba
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 from tqdm import tqdm
@@ -149,7 +150,7 @@ class NeuronGroup:
 
 
 class EmbeddedModel(nn.Module):
-    """What all models share. A subclass registers its `EmbeddedLinear` layers in forward order."""
+    """What all models share. A subclass has `layers`, its `EmbeddedLinear`s in forward order."""
 
     def __init__(self):
         super().__init__()
@@ -162,7 +163,7 @@ class EmbeddedModel(nn.Module):
     @property
     def runs(self):
         """How many independent networks this model holds."""
-        return next(self.parameters()).shape[0]
+        return self.layers[0].weight.shape[0]
 
     def pick(self, run):
         """The same model with one run (an int) or with several (a list; repeats are allowed)."""
@@ -344,10 +345,9 @@ def connection_cost(model, A=1.0, y0=0.1, *, A_last=None, biases=True, reduce="s
     """
     A, y0 = _per_run("A", A, model), _per_run("y0", y0, model)
     A_last = A if A_last is None else _per_run("A_last", A_last, model)
-    layers = linear_layers(model)
     total = 0.0
-    for layer in layers:
-        slope = A_last if layer is layers[-1] else A
+    for layer in model.layers:
+        slope = A_last if layer is model.layers[-1] else A
         price = _column(slope, 3) * layer.distance + _column(y0, 3)
         total = total + _reduced(layer.weight.abs() * price, reduce)
         if biases:
@@ -355,11 +355,6 @@ def connection_cost(model, A=1.0, y0=0.1, *, A_last=None, biases=True, reduce="s
     if model.embedding is not None:
         total = total + y0 * _reduced(model.embedding.abs(), reduce)
     return total
-
-
-def linear_layers(model):
-    """The `EmbeddedLinear` layers of a model in forward order."""
-    return [m for m in model.modules() if isinstance(m, EmbeddedLinear)]
 
 
 def _reduced(tensor, reduce):
@@ -377,8 +372,7 @@ def _per_run(name, value, model):
         raise ValueError(
             f"{name} has shape {tuple(value.shape)}; allowed are a float and ({model.runs},)"
         )
-    parameter = next(model.parameters())
-    return value.to(parameter)
+    return value.to(model.layers[0].weight)
 
 
 def _column(value, ndim):
@@ -413,82 +407,80 @@ def swap_neurons(model, top_k=5, *, reduce="sum", method="greedy", runs=None, op
     _check_choice("reduce", reduce, ("sum", "mean"))
     if not isinstance(top_k, int) or top_k < 0:
         raise ValueError(f"top_k is {top_k}; allowed are whole numbers from 0")
-    treated = _check_mask("runs", runs, model)
+    treated = _check_mask("runs", runs, model).cpu().numpy()
     _check_finite(model)
-    saved = torch.zeros(model.runs, dtype=torch.float64, device=treated.device)
+    saved = np.zeros(model.runs)
     for group in model.groups():
         if set(map(id, group.writers)) & set(map(id, group.readers)):
             raise ValueError(f"group {group.name} is at both ends of one layer; allowed is one end")
         if not group.movable:
             continue
-        score, wires, distance = _wiring(group, reduce)
-        if method == "greedy":
-            order, gain = _greedy_order(score, wires, distance, top_k)
-        else:
-            order, gain = _optimal_order(wires, distance)
-        here = torch.arange(order.shape[1], device=order.device)
-        order = torch.where(treated[:, None], order, here)
-        saved += torch.where(treated, gain, 0)
-        if not torch.equal(order, here.expand_as(order)):
-            _rearrange(group, order, optimizer)
-    return saved.to(next(model.parameters()).dtype)
+        wires = list(_wires(group, reduce))
+        order, gain = _greedy_order(wires, top_k) if method == "greedy" else _optimal_order(wires)
+        order[~treated], gain[~treated] = np.arange(order.shape[1]), 0
+        saved += gain
+        if (order != np.arange(order.shape[1])).any():
+            _rearrange(group, torch.from_numpy(order).to(wires[0][0].device), optimizer)
+    return torch.from_numpy(saved).to(model.layers[0].weight)
 
 
-def _wiring(group, reduce):
-    """All wires of a row: the score of each slot (runs, n), the wires of its neuron
-    (runs, n, others) and how far each slot is from their other ends (n, others)."""
-    wires, distance, score = [], [], 0
+def _wires(group, reduce):
+    """For every layer that touches a row, in double precision: |w| of its neurons' wires
+    (runs, n, others), and what one unit of such a wire costs from each slot (n, others)."""
     n = len(group.places)
     layers = [m for m in group.writers if isinstance(m, EmbeddedLinear)]
     for layer, written in [(m, True) for m in layers] + [(m, False) for m in group.readers]:
-        weight = layer.weight.abs().double()
-        weight = weight if written else weight.transpose(1, 2)
-        length = layer.distance if written else layer.distance.T
-        weight = weight.unflatten(1, (-1, n)).sum(1)  # folds share their places
-        score = score + weight.sum(2)
-        wires.append(weight if reduce == "sum" else weight / layer.distance.numel())
-        distance.append(length[:n].double())
-    return score, torch.cat(wires, 2), torch.cat(distance, 1)
+        size, price = layer.weight.abs().double(), layer.distance.double()
+        if reduce == "mean":
+            price = price / price.numel()
+        if not written:
+            size, price = size.transpose(1, 2), price.T
+        if size.shape[1] > n:  # folds share their places
+            size = size.unflatten(1, (-1, n)).sum(1)
+        yield size, price[:n]
 
 
-def _greedy_order(score, wires, distance, top_k):
+def _greedy_order(wires, top_k):
     """The neuron that ends in each slot, (runs, n), and the gain, (runs,).
 
-    What neuron i would cost in slot s is linear in its wires: C[i, s] = wires[i] @ distance[s].
+    What neuron i would cost in slot s is linear in its wires: C[i, s] = |w|[i] @ price[s].
     So trading the neurons of slots j and k changes the cost by C[n_j, k] + C[n_k, j] - C[n_j, j] -
     C[n_k, k]. Only the ranked neurons' rows and the ranked slots' columns of C are ever asked for:
     a slot that still waits for its turn can only have received a ranked neuron.
     """
+    score = sum(size.sum(2) for size, _ in wires)
     n_runs, n = score.shape
-    run = torch.arange(n_runs, device=score.device)
+    run = np.arange(n_runs)
     ranked = score.argsort(dim=1, descending=True, stable=True)
     rank, top = ranked.argsort(1), ranked[:, :top_k]
-    rows = wires[run[:, None], top] @ distance.T  # (runs, top_k, n): ranked neuron, any slot
-    columns = wires @ distance[top].transpose(1, 2)  # (runs, n, top_k): any neuron, ranked slot
-    cost = (wires * distance).sum(2)  # (runs, n): what the neuron of each slot costs now
-    order = torch.arange(n, device=score.device).repeat(n_runs, 1)
-    gain, rounding = torch.zeros_like(cost[:, 0]), 1e-12 * cost.sum(1)
-    for turn, slot in enumerate(top.unbind(1)):
+    index = torch.arange(n_runs, device=top.device)[:, None], top
+    rows = sum(w[index] @ p.T for w, p in wires)  # (runs, top_k, n)
+    columns = sum(w @ p[top].transpose(1, 2) for w, p in wires)  # (runs, n, top_k)
+    cost = sum((w * p).sum(2) for w, p in wires)  # (runs, n): of each slot's neuron as it is
+    rank, top, rows, columns, cost = (t.cpu().numpy() for t in (rank, top, rows, columns, cost))
+    order = np.tile(np.arange(n), (n_runs, 1))
+    gain, rounding = np.zeros(n_runs), 1e-12 * cost.sum(1)
+    for turn, slot in enumerate(top.T):  # few and tiny steps: quicker on the CPU, without autograd
         mover = order[run, slot]
         there = rows[run, rank[run, mover]]
-        back = columns[..., turn].gather(1, order)
-        change = there + back - cost - cost[run, slot, None]
+        back = columns[run[:, None], order, turn]
+        change = there + back - cost - cost[run, slot][:, None]
         change[run, slot] = 0  # staying is one of the choices
-        best = change.amin(1)
-        other = (change <= (best + rounding)[:, None]).int().argmax(1)  # the first, if several
-        moves = best < -rounding
-        other = torch.where(moves, other, slot)
-        cost_slot = torch.where(moves, back[run, other], cost[run, slot])
-        cost_other = torch.where(moves, there[run, other], cost[run, slot])
+        best = change.min(1)
+        other = (change <= (best + rounding)[:, None]).argmax(1)  # the first, if several
+        other = np.where(best < -rounding, other, slot)
+        moves = other != slot
         gain -= change[run, other]
+        cost_slot, cost_other = back[run, other], there[run, other]
         order[run, slot], order[run, other] = order[run, other], mover
-        cost[run, slot], cost[run, other] = cost_slot, cost_other
+        cost[run[moves], slot[moves]] = cost_slot[moves]
+        cost[run[moves], other[moves]] = cost_other[moves]
     return order, gain
 
 
-def _optimal_order(wires, distance):
+def _optimal_order(wires):
     """As `_greedy_order`, but the best arrangement of the whole row."""
-    cost = (wires @ distance.T).cpu().numpy()
+    cost = sum(w @ p.T for w, p in wires).cpu().numpy()
     order = np.tile(np.arange(cost.shape[1]), (len(cost), 1))
     gain = np.zeros(len(cost))
     for run, table in enumerate(cost):
@@ -496,7 +488,7 @@ def _optimal_order(wires, distance):
         fall = np.trace(table) - table[neuron, slot].sum()
         if fall > 1e-12 * np.trace(table):
             order[run, slot], gain[run] = neuron, fall
-    return torch.from_numpy(order).to(wires.device), torch.from_numpy(gain).to(wires)
+    return order, gain
 
 
 def _rearrange(group, order, optimizer=None):
@@ -767,14 +759,14 @@ def wires_between(model):
             next(g for g in groups if any(layer is m for m in g.readers)),
             next(g for g in groups if any(layer is m for m in g.writers)),
         )
-        for layer in linear_layers(model)
+        for layer in model.layers
     ]
 
 
 def wiring_graph(model, run=0, threshold=0.0, live=True):
     """One network as a `networkx.DiGraph`: nodes (row, slot), an edge for every |w| > threshold,
     its attribute `weight` the sum of |w| over folds. `live` keeps only what lies on a path from
-    the input row to the output row."""
+    the input row (where its embedding is not pruned, too) to the output row."""
     groups = model.groups()
     graph = nx.DiGraph()
     for group in groups:
@@ -786,10 +778,17 @@ def wiring_graph(model, run=0, threshold=0.0, live=True):
         for j, i in size.nonzero().tolist():
             graph.add_edge((source.name, i), (target.name, j), weight=size[j, i].item())
     if live:
-        starts = [(groups[0].name, slot) for slot in range(len(groups[0].places))]
+        starts = [(groups[0].name, slot) for slot in _fed_slots(model, run, threshold)]
         ends = [(groups[-1].name, slot) for slot in range(len(groups[-1].places))]
         graph = graph.subgraph(_reached(graph, starts) & _reached(graph.reverse(copy=False), ends))
     return graph
+
+
+def _fed_slots(model, run, threshold):
+    """Slots of the input row that carry a signal: with an embedding, those it writes to."""
+    if model.embedding is None:
+        return range(len(model.groups()[0].places))
+    return (model.embedding[run].abs().amax(0) > threshold).nonzero().flatten().tolist()
 
 
 def _reached(graph, starts):
@@ -804,10 +803,14 @@ def live_neurons(model, run=0, threshold=0.0):
     return {g.name: [slot for name, slot in live if name == g.name] for g in model.groups()}
 
 
-def modules(model, run=0, threshold=0.0):
+def modules(model, run=0, threshold=0.0, rows=None):
     """Modules of the pruned network: the connected components of what lies on input-to-output
-    paths, a list of sets of (row, slot), largest first."""
-    parts = nx.weakly_connected_components(wiring_graph(model, run, threshold))
+    paths, a list of sets of (row, slot), largest first. `rows` names the rows to look at, default
+    all: modules that only meet in the output are found by leaving that row out."""
+    graph = wiring_graph(model, run, threshold)
+    if rows is not None:
+        graph = graph.subgraph(node for node in graph if node[0] in rows)
+    parts = nx.weakly_connected_components(graph)
     return sorted(parts, key=lambda part: (-len(part), sorted(part)))
 
 
@@ -828,13 +831,13 @@ def inputs_read(model, run=0, threshold=0.0):
 @torch.no_grad()
 def wiring_length(model):
     """Total length of the wiring, sum of |w| * distance, (runs,)."""
-    return sum((m.weight.abs() * m.distance).sum((1, 2)) for m in linear_layers(model))
+    return sum((m.weight.abs() * m.distance).sum((1, 2)) for m in model.layers)
 
 
 @torch.no_grad()
 def mean_wire(model):
     """Length of the average wire, weighted by |w|, (runs,)."""
-    return wiring_length(model) / sum(m.weight.abs().sum((1, 2)) for m in linear_layers(model))
+    return wiring_length(model) / sum(m.weight.abs().sum((1, 2)) for m in model.layers)
 
 
 def newman_modularity(model, run=0, threshold=0.0, seed=0):
@@ -851,7 +854,7 @@ def shuffled(model, generator=None):
     """A null model: a copy of `model` with the weights of each layer in random order, other for
     every run. `generator` lives on the CPU."""
     twin = model.pick(list(range(model.runs)))
-    for layer in linear_layers(twin):
+    for layer in twin.layers:
         weight = layer.weight.flatten(1)
         order = torch.rand(weight.shape, generator=generator).argsort(1).to(weight.device)
         layer.weight.copy_(weight.gather(1, order).view_as(layer.weight))
@@ -917,7 +920,7 @@ def _wire_lines(weight, lower, upper, threshold, width):
     return LineCollection(
         np.stack([lower[i], upper[j]], 1),
         linewidths=width * size[j, i] / largest,
-        colors=np.where(weight[j, i] > 0, POSITIVE, NEGATIVE),
+        colors=np.where((weight[j, i] > 0)[:, None], to_rgba(POSITIVE), to_rgba(NEGATIVE)),
         capstyle="round",
     )
 
@@ -1094,7 +1097,7 @@ def _check_places(name, places, count=None, dims=None):
 
 def _check_mask(name, mask, model):
     """A boolean mask of runs on the model's device; None means all."""
-    device = next(model.parameters()).device
+    device = model.layers[0].weight.device
     if mask is None:
         return torch.ones(model.runs, dtype=torch.bool, device=device)
     mask = torch.as_tensor(mask, device=device)
@@ -1107,6 +1110,6 @@ def _check_mask(name, mask, model):
 
 def _check_finite(model):
     for name, p in model.named_parameters():
-        if not p.isfinite().all():
+        if not p.sum().isfinite() and not p.isfinite().all():
             run = (~p.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
             raise ValueError(f"{name} is not finite in run {run}; allowed are finite weights")

@@ -4,12 +4,12 @@ import itertools
 
 import torch
 
-from bimt_utils import EmbeddedLinear, linear_layers
+from bimt_utils import EmbeddedLinear
 
 
 def cost_by_loops(model, run, A, y0, A_last=None, biases=True, reduce="sum"):
     """The wiring cost of one run, one weight at a time."""
-    layers, total = linear_layers(model), 0.0
+    layers, total = model.layers, 0.0
     for number, layer in enumerate(layers):
         slope = A if A_last is None or number < len(layers) - 1 else A_last
         n_out, n_in = layer.weight.shape[1:]
@@ -33,7 +33,7 @@ def cost_by_loops(model, run, A, y0, A_last=None, biases=True, reduce="sum"):
 def distance_cost(model, run, reduce="sum"):
     """The distance part of the wiring cost of one run, in double precision."""
     total = 0.0
-    for layer in linear_layers(model):
+    for layer in model.layers:
         cost = (layer.weight[run].detach().abs().double() * layer.distance.double()).sum().item()
         total += cost / layer.distance.numel() if reduce == "mean" else cost
     return total

@@ -16,7 +16,6 @@ from bimt_utils import (
     connection_cost,
     grid,
     line,
-    linear_layers,
     mse_loss,
     ring,
     swap_neurons,
@@ -142,8 +141,8 @@ def test_no_permutation_of_any_row_changes_the_outputs(model, seed):
 @given(models())
 def test_every_axis_belongs_to_exactly_one_group(model):
     claimed = [(id(t), axis) for group in model.groups() for t, axis, _ in group.axes()]
-    wanted = [(id(m.weight), axis) for m in linear_layers(model) for axis in (1, 2)]
-    wanted += [(id(m.bias), 1) for m in linear_layers(model)]
+    wanted = [(id(m.weight), axis) for m in model.layers for axis in (1, 2)]
+    wanted += [(id(m.bias), 1) for m in model.layers]
     wanted += [(id(model.in_perm), 1), (id(model.out_perm), 1)]
     if model.embedding is not None:
         wanted.append((id(model.embedding), 2))

@@ -11,7 +11,6 @@ from bimt_utils import (
     EmbeddedMLP,
     inputs_read,
     line,
-    linear_layers,
     live_neurons,
     mean_wire,
     modules,
@@ -95,6 +94,25 @@ def test_folds_of_one_place_are_one_neuron():
     assert inputs_read(model) == [{1}]
 
 
+def test_modules_below_the_output():
+    meet = wired((2, 2, 1), {(0, 0): 1.0, (1, 1): 1.0}, {(0, 0): 1.0, (0, 1): 1.0})
+    assert len(modules(meet)) == 1
+    assert modules(meet, rows=["input", "A1"]) == [
+        {("input", 0), ("A1", 0)},
+        {("input", 1), ("A1", 1)},
+    ]
+
+
+def test_an_input_without_embedding_is_dead():
+    model = wired(
+        (2, 2, 1), {(0, 0): 1.0, (1, 1): 1.0}, {(0, 0): 1.0, (0, 1): 1.0}, embedding=(3, 2)
+    )
+    with torch.no_grad():
+        model.embedding[0, 1, 0] = 0.5
+    assert live_neurons(model) == {"input": [0], "A1": [0], "output": [0]}
+    assert live_neurons(model, threshold=0.6)["A1"] == []
+
+
 def test_lengths_by_hand():
     model = wired((2, 1), {(0, 0): 3.0, (0, 1): -1.0})
     assert wiring_length(model).item() == pytest.approx(4 * 0.25)
@@ -144,7 +162,7 @@ def test_prune_threshold_stops_where_the_loss_rises():
 def test_shuffling_keeps_the_weights_of_each_layer():
     model = EmbeddedMLP((4, 6, 2), runs=2, generator=torch.Generator().manual_seed(0))
     null = shuffled(model, torch.Generator().manual_seed(1))
-    for ours, theirs in zip(linear_layers(model), linear_layers(null), strict=True):
+    for ours, theirs in zip(model.layers, null.layers, strict=True):
         for run in range(2):
             a, b = ours.weight[run].flatten(), theirs.weight[run].flatten()
             assert torch.equal(a.sort().values, b.sort().values)
