@@ -85,6 +85,10 @@ class EmbeddedLinear(nn.Module):
         super().__init__()
         for name, count in {"runs": runs, "in_folds": in_folds, "out_folds": out_folds}.items():
             _check_count(name, count)
+        in_places, out_places = (
+            torch.as_tensor(places, dtype=torch.get_default_dtype())
+            for places in (in_places, out_places)
+        )
         _check_places("in_places", in_places)
         _check_places("out_places", out_places, dims=in_places.shape[1])
         self.in_folds, self.out_folds = in_folds, out_folds
@@ -167,7 +171,7 @@ class EmbeddedModel(nn.Module):
 
     def pick(self, run):
         """The same model with one run (an int) or with several (a list; repeats are allowed)."""
-        rows = torch.as_tensor([run] if isinstance(run, int) else run)
+        rows = torch.as_tensor(run).reshape(-1)
         if rows.numel() == 0 or rows.min() < -self.runs or rows.max() >= self.runs:
             raise ValueError(f"run is {run}; allowed are whole numbers below {self.runs}")
         twin = copy.deepcopy(self)
@@ -210,6 +214,8 @@ class EmbeddedMLP(EmbeddedModel):
         generator=None,
     ):
         super().__init__()
+        _check_sequence("shape", shape)
+        _check_sequence("frozen", frozen)
         self.shape = tuple(shape)
         if len(self.shape) < 2:
             raise ValueError(f"shape is {self.shape}; at least two rows are needed")
@@ -323,7 +329,9 @@ def _unfold(perm, folds):
 
 
 def _new_embedding(size, dim, runs, generator):
-    if len(size) != 2 or size[0] < 1 or size[1] != dim:
+    _check_sequence("embedding", size, length=2)
+    _check_count(f"embedding {size}: tokens", size[0])
+    if size[1] != dim:
         raise ValueError(
             f"embedding is {size}; allowed is (tokens, {dim}), so that the tokens fill shape[0]"
         )
@@ -366,8 +374,9 @@ def _reduced(tensor, reduce):
 
 def _per_run(name, value, model):
     """A setting given as a float or per run, ready to multiply tensors of shape (runs,)."""
-    if not isinstance(value, torch.Tensor):
+    if isinstance(value, int | float):
         return float(value)
+    value = torch.as_tensor(value)
     if value.ndim and value.shape != (model.runs,):
         raise ValueError(
             f"{name} has shape {tuple(value.shape)}; allowed are a float and ({model.runs},)"
@@ -405,8 +414,7 @@ def swap_neurons(model, top_k=5, *, reduce="sum", method="greedy", runs=None, op
     """
     _check_choice("method", method, ("greedy", "optimal"))
     _check_choice("reduce", reduce, ("sum", "mean"))
-    if not isinstance(top_k, int) or top_k < 0:
-        raise ValueError(f"top_k is {top_k}; allowed are whole numbers from 0")
+    _check_count("top_k", top_k, least=0)
     treated = _check_mask("runs", runs, model).cpu().numpy()
     _check_finite(model)
     saved = np.zeros(model.runs)
@@ -416,7 +424,11 @@ def swap_neurons(model, top_k=5, *, reduce="sum", method="greedy", runs=None, op
         if not group.movable:
             continue
         wires = list(_wires(group, reduce))
-        order, gain = _greedy_order(wires, top_k) if method == "greedy" else _optimal_order(wires)
+        head = np.arange(len(group.places)) * group.heads // len(group.places)
+        if method == "greedy":
+            order, gain = _greedy_order(wires, head, top_k)
+        else:
+            order, gain = _optimal_order(wires, head)
         order[~treated], gain[~treated] = np.arange(order.shape[1]), 0
         saved += gain
         if (order != np.arange(order.shape[1])).any():
@@ -440,7 +452,7 @@ def _wires(group, reduce):
         yield size, price[:n]
 
 
-def _greedy_order(wires, top_k):
+def _greedy_order(wires, head, top_k):
     """The neuron that ends in each slot, (runs, n), and the gain, (runs,).
 
     What neuron i would cost in slot s is linear in its wires: C[i, s] = |w|[i] @ price[s].
@@ -465,6 +477,7 @@ def _greedy_order(wires, top_k):
         there = rows[run, rank[run, mover]]
         back = columns[run[:, None], order, turn]
         change = there + back - cost - cost[run, slot][:, None]
+        change[head != head[slot][:, None]] = np.inf
         change[run, slot] = 0  # staying is one of the choices
         best = change.min(1)
         other = (change <= (best + rounding)[:, None]).argmax(1)  # the first, if several
@@ -478,9 +491,10 @@ def _greedy_order(wires, top_k):
     return order, gain
 
 
-def _optimal_order(wires):
+def _optimal_order(wires, head):
     """As `_greedy_order`, but the best arrangement of the whole row."""
     cost = sum(w @ p.T for w, p in wires).cpu().numpy()
+    cost[:, head[:, None] != head] = np.inf  # neurons stay within their head
     order = np.tile(np.arange(cost.shape[1]), (len(cost), 1))
     gain = np.zeros(len(cost))
     for run, table in enumerate(cost):
@@ -517,7 +531,11 @@ def _copy_all(pairs):
 
 
 def mse_loss(outputs, targets):
-    """Mean squared error of every run, (runs,), of outputs (runs, batch, out)."""
+    """Mean squared error of every run, (runs,), of outputs (runs, batch, out) for targets of the
+    same shape or (batch, out)."""
+    if targets.shape not in (outputs.shape, outputs.shape[1:]):
+        shapes = tuple(outputs.shape), tuple(outputs.shape[1:])
+        raise ValueError(f"targets has shape {tuple(targets.shape)}; allowed are {shapes}")
     return (outputs - targets.to(outputs)).square().mean((1, 2))
 
 
@@ -539,7 +557,7 @@ class History:
 
     steps (logs,); losses and costs (logs, runs); metrics: name -> (logs, runs); snapshots: step ->
     state of the networks; phases: the steps at which lamb changes; seconds in all, swap_seconds of
-    them in swaps; finished: False after an interrupt. Lists while training runs, then tensors.
+    them in swaps; finished: False after an interrupt. Values are lists while training runs.
     """
 
     model: EmbeddedModel
@@ -552,6 +570,10 @@ class History:
     seconds: float = 0.0
     swap_seconds: float = 0.0
     finished: bool = False
+
+    def nearest(self, step):
+        """The snapshot nearest to `step`."""
+        return min(self.snapshots, key=lambda kept: abs(kept - step))
 
     def at(self, step):
         """The model as it was at snapshot `step`: always the same object, with other weights."""
@@ -621,6 +643,9 @@ def train(
     is not finite; ValueError for phases out of order and for tensors of another shape.
     """
     _check_count("steps", steps)
+    _check_count("swap_every", swap_every, least=0)
+    _check_count("top_k", top_k, least=0)
+    _check_choice("reduce", reduce, ("sum", "mean"))
     lambs = [(at, _per_run("lamb", value, model)) for at, value in _phases("lamb", lamb, steps)]
     costs, swap_runs = _phases("cost", cost, steps), _check_mask("swap_runs", swap_runs, model)
     log_every, metrics = log_every or max(1, steps // 100), metrics or {}
@@ -633,27 +658,29 @@ def train(
 
     history = History(model.pick(kept), [at for at, _ in lambs[1:]])
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
-    began, step = time.perf_counter(), 0
+    began, done = time.perf_counter(), 0
     try:
         for step in tqdm(range(steps), label, ncols=80, file=_progress_line()):
             loss, wiring = loss_fn(model), phase_value(costs, step)(model)
-            _check_shape("loss_fn(model)", loss, (model.runs,))
-            _check_shape("cost(model)", wiring, (model.runs,))
             if step % log_every == 0:
                 history.log(step, model, loss, wiring, metrics)
             if step % (snapshot_every or steps) == 0:
                 history.snapshots[step] = _state(model, kept)
-            _descend(optimizer, loss, phase_value(lambs, step) * wiring, step)
+            _check_losses(loss, wiring, model, step)
+            _descend(optimizer, loss + phase_value(lambs, step) * wiring)
+            done = step + 1
             if swap_every and (step + 1) % swap_every == 0:
                 swaps_began = time.perf_counter()
                 swap(model, optimizer)
                 history.swap_seconds += time.perf_counter() - swaps_began
         with torch.no_grad():
-            history.log(steps, model, loss_fn(model), phase_value(costs, steps)(model), metrics)
-        history.finished, step = True, steps
+            loss, wiring = loss_fn(model), phase_value(costs, steps)(model)
+            _check_losses(loss, wiring, model, steps)
+            history.log(steps, model, loss, wiring, metrics)
+        history.finished = True
     except KeyboardInterrupt:
-        print(f"interrupted at step {step} of {steps}; what there is can be used")
-    history.snapshots[step] = _state(model, kept)
+        print(f"interrupted after {done} of {steps} steps; what there is can be used")
+    history.snapshots[done] = _state(model, kept)
     history.seconds = time.perf_counter() - began
     history.close()
     return history
@@ -697,15 +724,18 @@ def _phases(name, phases, steps):
     return [(int(fraction * steps + 1e-9), value) for fraction, value in phases]
 
 
-def _descend(optimizer, loss, price, step):
-    """One step down loss + price, both (runs,)."""
-    objective = loss + price
-    total = objective.sum()
-    if not math.isfinite(total.item()):
-        run = (~objective.isfinite()).nonzero().flatten().tolist()
-        raise FloatingPointError(f"loss is not finite in run {run} at step {step}")
+def _check_losses(loss, wiring, model, step):
+    for name, value in (("loss_fn(model)", loss), ("cost(model)", wiring)):
+        if value.shape != (model.runs,):
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; allowed is ({model.runs},)")
+    if not math.isfinite((loss + wiring).sum().item()):
+        run = (~(loss + wiring).isfinite()).nonzero().flatten().tolist()
+        raise FloatingPointError(f"loss or cost is not finite in run {run} at step {step}")
+
+
+def _descend(optimizer, objective):
     optimizer.zero_grad()
-    total.backward()
+    objective.sum().backward()
     optimizer.step()
 
 
@@ -720,17 +750,18 @@ def _state(model, runs):
 @contextlib.contextmanager
 def pruned(model, threshold):
     """Inside `with pruned(model, threshold):` all weights, biases and entries of an embedding of
-    size up to `threshold`, a float or (runs,), are zero; afterwards they are back."""
+    size up to `threshold`, a float or (runs,), are zero; afterwards they are back, so do not swap
+    or train inside."""
     threshold = _per_run("threshold", threshold, model)
+    before = [p.detach().clone() for p in model.parameters()]
     with torch.no_grad():
-        before = [p.clone() for p in model.parameters()]
-        try:
-            for p in model.parameters():
-                p[p.abs() <= _column(threshold, p.ndim)] = 0
-            yield model
-        finally:
-            for p, values in zip(model.parameters(), before, strict=True):
-                p.copy_(values)
+        for p in model.parameters():
+            p[p.abs() <= _column(threshold, p.ndim)] = 0
+    try:
+        yield model
+    finally:
+        with torch.no_grad():
+            _copy_all(zip(model.parameters(), before, strict=True))
 
 
 @torch.no_grad()
@@ -766,7 +797,11 @@ def wires_between(model):
 def wiring_graph(model, run=0, threshold=0.0, live=True):
     """One network as a `networkx.DiGraph`: nodes (row, slot), an edge for every |w| > threshold,
     its attribute `weight` the sum of |w| over folds. `live` keeps only what lies on a path from
-    the input row (where its embedding is not pruned, too) to the output row."""
+    the input row (where its embedding is not pruned, too) to the output row. `threshold` is a
+    float or (runs,), here as in the functions below."""
+    threshold = _per_run("threshold", threshold, model)
+    if isinstance(threshold, torch.Tensor) and threshold.ndim:
+        threshold = threshold[run].item()
     groups = model.groups()
     graph = nx.DiGraph()
     for group in groups:
@@ -792,9 +827,7 @@ def _fed_slots(model, run, threshold):
 
 
 def _reached(graph, starts):
-    """The nodes that a path of at least one edge leads to, and the starts that have one."""
-    starts = [node for node in starts if graph.out_degree(node)]
-    return set(starts).union(*nx.bfs_layers(graph, starts)) if starts else set()
+    return set().union(*nx.bfs_layers(graph, starts))
 
 
 def live_neurons(model, run=0, threshold=0.0):
@@ -815,7 +848,8 @@ def modules(model, run=0, threshold=0.0, rows=None):
 
 
 def inputs_read(model, run=0, threshold=0.0):
-    """For every output, in task order, the set of input features that reach it after pruning."""
+    """For every output, in task order, the set of input features (with folds: of the places that
+    the folds share) that reach it after pruning."""
     graph, groups = wiring_graph(model, run, threshold), model.groups()
     features, first = groups[0].label[run].tolist(), groups[0].name
     slots = groups[-1].label[run].argsort().tolist()
@@ -841,9 +875,9 @@ def mean_wire(model):
 
 
 def newman_modularity(model, run=0, threshold=0.0, seed=0):
-    """Newman's Q of the best communities that Louvain's method finds in the pruned network, with
-    |w| as weights; 0 for a network without wires."""
-    graph = wiring_graph(model, run, threshold).to_undirected()
+    """Newman's Q of the best communities that Louvain's method finds in all that pruning leaves,
+    with |w| as weights; 0 for a network without wires."""
+    graph = wiring_graph(model, run, threshold, live=False).to_undirected()
     if graph.number_of_edges() == 0:
         return 0.0
     return nx.community.modularity(graph, nx.community.louvain_communities(graph, seed=seed))
@@ -951,14 +985,13 @@ def animate(history, draw, path, *, figsize=(6, 4), fps=12, dpi=100):
     H.264 video for .mp4, an animated picture for .gif; a plain name goes where `save_figure`
     writes. Returns the path."""
     path = figure_folder() / path
+    _check_choice("the ending of path", path.suffix, (".mp4", ".gif"))
     with plt.rc_context({"animation.ffmpeg_path": imageio_ffmpeg.get_ffmpeg_exe()}):
         fig = plt.figure(figsize=figsize)
         if path.suffix == ".mp4":
             writer = FFMpegWriter(fps, codec="h264", extra_args=["-pix_fmt", "yuv420p"])
-        elif path.suffix == ".gif":
-            writer = PillowWriter(fps)
         else:
-            raise ValueError(f"path is {path.name}; allowed are names in .mp4 and .gif")
+            writer = PillowWriter(fps)
         with writer.saving(fig, path, dpi):
             for step in sorted(history.snapshots):
                 fig.clear()
@@ -1072,14 +1105,14 @@ def claims_table(rows):
 # ---------------------------------------------------------------- checks of arguments
 
 
-def _check_count(name, value):
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} is {value!r}; allowed are whole numbers from 1")
+def _check_count(name, value, least=1):
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} is {value!r}; allowed are whole numbers from {least}")
 
 
-def _check_shape(name, tensor, shape):
-    if tensor.shape != shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; allowed is {tuple(shape)}")
+def _check_sequence(name, value, length=None):
+    if not isinstance(value, tuple | list | set | range) or len(value) != (length or len(value)):
+        raise ValueError(f"{name} is {value!r}; allowed is a tuple of {length or 'some'} numbers")
 
 
 def _check_choice(name, value, allowed):
@@ -1090,9 +1123,11 @@ def _check_choice(name, value, allowed):
 def _check_places(name, places, count=None, dims=None):
     """Places are (n, d); `count` and `dims` fix n and d."""
     shape = tuple(getattr(places, "shape", ()))
-    fits = len(shape) == 2 and min(shape) > 0
+    fits = len(shape) == 2 and min(shape) > 0 and bool(np.isfinite(np.asarray(places)).all())
     if not fits or (count or shape[0]) != shape[0] or (dims or shape[1]) != shape[1]:
-        raise ValueError(f"{name} has shape {shape}; allowed is ({count or 'n'}, {dims or 'd'})")
+        raise ValueError(
+            f"{name} has shape {shape}; allowed is ({count or 'n'}, {dims or 'd'}), finite"
+        )
 
 
 def _check_mask(name, mask, model):

@@ -1,6 +1,7 @@
 """Places, layers, models, cost and swaps against plain references."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -319,12 +320,32 @@ def test_many_runs_equal_their_single_runs(model):
 
 def test_pick_is_a_copy():
     model = EmbeddedMLP((2, 3, 1), runs=3, generator=generator())
+    assert model.pick(torch.tensor(1)).runs == model.pick(model.in_perm[0, 1].numpy()).runs == 1
     picked = model.pick([2, 0])
     assert picked.runs == 2
     assert torch.equal(picked.layers[0].weight[0], model.layers[0].weight[2])
     with torch.no_grad():
         picked.layers[0].weight.zero_()
     assert model.layers[0].weight.abs().sum() > 0
+
+
+@pytest.mark.parametrize("method", ["greedy", "optimal"])
+def test_neurons_stay_within_their_head(method):
+    class TwoHeads(EmbeddedMLP):
+        def groups(self):
+            groups = super().groups()
+            return [groups[0], replace(groups[1], heads=2), groups[2]]
+
+    model = TwoHeads((4, 10, 4), runs=3, generator=generator())
+    x, first = some_input(model), model.layers[0].weight.detach().clone()
+    before = model(x)
+    assert (swap_neurons(model, 10, method=method) > 0).all()
+    assert torch.allclose(before, model(x), atol=1e-6)
+    for run in range(3):
+        rows = first[run][:, model.in_perm[run]]
+        now = [(rows == w).all(1).nonzero().item() for w in model.layers[0].weight[run].detach()]
+        assert sorted(now) == list(range(10))
+        assert all(a // 5 == slot // 5 for slot, a in enumerate(now))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -371,6 +392,11 @@ TOKENS = {"shape": (4, 5, 2), "in_folds": 2, "embedding": (7, 2)}
     [
         (build((4,)), ["shape", "(4,)"]),
         (build(()), ["shape"]),
+        (build(5), ["shape", "5"]),
+        (build((4, 2), frozen=1), ["frozen", "1"]),
+        (build((4, 2), embedding=7), ["embedding", "7"]),
+        (build((4, 2), embedding=(7.5, 4)), ["embedding", "7.5"]),
+        (build((4, 2), places=[line(4) * float("nan"), line(2)]), ["places[0]", "finite"]),
         (build((4, 0, 2)), ["shape", "0"]),
         (build((4, -3, 2)), ["shape", "-3"]),
         (build((4, 2.5)), ["shape", "2.5"]),

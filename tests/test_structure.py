@@ -173,3 +173,7 @@ def test_threshold_per_run_has_the_right_length():
     model = EmbeddedMLP((4, 6, 2), runs=2)
     with pytest.raises(ValueError, match="threshold has shape"), pruned(model, torch.ones(3)):
         pass
+    assert modules(model, 1, torch.tensor([9.0, 0.0])) == modules(model, 1)
+    assert modules(model, 0, torch.tensor([9.0, 0.0])) == []
+    with pytest.raises(ValueError, match="threshold has shape"):
+        modules(model, 0, torch.ones(3))

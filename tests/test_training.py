@@ -152,7 +152,9 @@ def test_interrupt_returns_what_there_is(when, capsys):
     assert history.steps == list(range(0, when - 1, 5))
     assert len(history.losses) == len(history.costs) == len(history.steps)
     assert torch.equal(history.at(when - 1)(X), model(X))
-    assert "interrupted at step" in capsys.readouterr().out
+    assert torch.equal(history.at(0)(X), new_model()(X))
+    assert history.nearest(10_000) == when - 1
+    assert "interrupted after" in capsys.readouterr().out
 
 
 def test_interrupt_in_a_metric_leaves_no_half_line():
@@ -181,6 +183,16 @@ def test_non_finite_loss_names_run_and_step():
         fit(model, loss_fn=broken)
 
 
+def test_the_last_loss_is_checked_too():
+    with pytest.raises(FloatingPointError, match="at step 1"):
+        fit(new_model(), steps=1, lr=1e38)
+
+
+def test_targets_of_another_shape():
+    with pytest.raises(ValueError, match=r"targets has shape \(30,\)"):
+        mse_loss(torch.zeros(2, 30, 1), torch.zeros(30))
+
+
 def test_same_seed_gives_the_same_bits():
     models = [new_model(seed=3) for _ in range(2)]
     for model in models:
@@ -202,6 +214,8 @@ def test_training_does_not_touch_the_global_generator():
         ({"swap_runs": [True]}, "swap_runs"),
         ({"steps": 0}, "steps is 0"),
         ({"top_k": -2}, "top_k is -2"),
+        ({"swap_every": -1}, "swap_every is -1"),
+        ({"steps": 5, "reduce": "max"}, "reduce is 'max'"),
         ({"loss_fn": lambda m: loss_fn(m).mean()}, "loss_fn"),
         ({"cost": lambda m: connection_cost(m)[:1]}, "cost"),
     ],
