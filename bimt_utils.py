@@ -21,6 +21,7 @@ between swaps, S -> `swap_every`; connection cost -> `connection_cost`.
 
 import contextlib
 import copy
+import io
 import itertools
 import json
 import math
@@ -1008,19 +1009,19 @@ def explore(history, draw, *, figsize=(6, 4)):
     steps = sorted(history.snapshots)
     play = widgets.Play(max=len(steps) - 1, interval=300, description="play")
     slider = widgets.SelectionSlider(options=steps, value=steps[-1], description="step")
-    out = widgets.Output()
+    picture = widgets.Image(format="png")
 
     def show(_=None):
-        with out:
-            out.clear_output(wait=True)
-            fig = plt.figure(figsize=figsize)
-            draw(fig, history.at(slider.value), slider.value)
-            plt.show()
+        fig, png = plt.figure(figsize=figsize), io.BytesIO()
+        draw(fig, history.at(slider.value), slider.value)
+        fig.savefig(png)
+        plt.close(fig)
+        picture.value = png.getvalue()
 
     play.observe(lambda change: setattr(slider, "index", change.new), "value")
     slider.observe(show, "value")
     show()
-    return widgets.VBox([widgets.HBox([play, slider]), out])
+    return widgets.VBox([widgets.HBox([play, slider]), picture])
 
 
 # ---------------------------------------------------------------- figures and claims

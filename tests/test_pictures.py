@@ -125,6 +125,8 @@ def test_explorer_draws_the_chosen_snapshot():
     slider.value = 2
     play.value = 2
     assert steps == [6, 2, 4]
+    assert bytes(box.children[1].value).startswith(b"\x89PNG")
+    assert not plt.get_fignums()
 
 
 def test_figures_go_where_the_environment_says(tmp_path):
