@@ -21,14 +21,20 @@ between swaps, S -> `swap_every`; connection cost -> `connection_cost`.
 
 import contextlib
 import copy
+import gzip
 import io
 import itertools
 import json
 import math
 import os
+import tempfile
 import time
-from dataclasses import dataclass, field
+import zlib
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from http.client import HTTPException
 from pathlib import Path
+from typing import NamedTuple
 
 import imageio_ffmpeg
 import matplotlib.pyplot as plt
@@ -41,7 +47,10 @@ from IPython.display import display
 from matplotlib.animation import FFMpegWriter, PillowWriter
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgba
+from mpl_toolkits.mplot3d.art3d import Line3DCollection
 from scipy.optimize import linear_sum_assignment
+from sklearn.datasets import fetch_openml, load_digits
+from sklearn.model_selection import train_test_split
 from torch import nn
 from tqdm import tqdm
 
@@ -123,8 +132,9 @@ class NeuronGroup:
     writers: layers whose outputs these neurons are (for token models, also the embedding)
     readers: layers whose inputs these neurons are
     label:   permutation buffer (runs, n) that rides along with the neurons, or None
-    heads:   neurons only trade within their block of n / heads neurons
+    heads:   neurons only trade within their block of n / heads neurons; whole blocks trade, too
     movable: whether swaps may touch the row
+    stages:  names of a stream after each of its writers, which pictures show one by one
     """
 
     name: str
@@ -133,6 +143,7 @@ class NeuronGroup:
     label: torch.Tensor | None = None
     heads: int = 1
     movable: bool = True
+    stages: tuple = ()
 
     @property
     def places(self):
@@ -182,6 +193,34 @@ class EmbeddedModel(nn.Module):
             is_weight = isinstance(tensor, nn.Parameter)
             setattr(twin.get_submodule(owner), leaf, nn.Parameter(chosen) if is_weight else chosen)
         return twin
+
+    def _per_run_input(self, x, axes):
+        """Floats of shape (`axes`, in), or one such for every run, as (runs, ...)."""
+        n, ndim = self.in_perm.shape[1] * self.layers[0].in_folds, axes.count(",") + 2
+        shared = x.ndim == ndim
+        if x.shape[-1:] != (n,) or not (shared or (x.ndim == ndim + 1 and len(x) == self.runs)):
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}; allowed are ({axes}, {n}) "
+                f"and ({self.runs}, {axes}, {n})"
+            )
+        x = x.to(self.layers[0].weight)  # the model's device and dtype
+        return x.expand(self.runs, *x.shape) if shared else x
+
+    def _task_layer(self, i):
+        """Weight and bias of layer i; the model's inputs and outputs are put in task order here,
+        in the small tensors of the first and last layer, and not in every batch."""
+        layer = self.layers[i]
+        weight, bias = layer.weight, layer.bias
+        if i == len(self.layers) - 1:
+            weight, bias = (_task_order(t, 1, self.out_perm) for t in (weight, bias))
+        if i == 0 and self.embedding is None:
+            weight = _task_order(weight, 2, self.in_perm, layer.in_folds)
+        return weight, bias
+
+    def _apply_layer(self, i, values):
+        """Layer i on values (runs, batch, in)."""
+        weight, bias = self._task_layer(i)
+        return torch.baddbmm(bias[:, None], values, weight.transpose(1, 2))
 
 
 class EmbeddedMLP(EmbeddedModel):
@@ -255,17 +294,11 @@ class EmbeddedMLP(EmbeddedModel):
         after the input, hidden rows after their activation, neuron by slot, outputs in task order.
         """
         rows, last = [self._check_input(x)], len(self.layers) - 1
-        for i, layer in enumerate(self.layers):
-            weight, bias = layer.weight, layer.bias
-            if i == last:
-                weight = _task_order(weight, 1, self.out_perm)
-                bias = _task_order(bias, 1, self.out_perm)
+        for i in range(len(self.layers)):
             if i == 0 and self.embedding is not None:
-                values = self._read_tokens(rows[0], weight) + bias[:, None]
+                values = self._read_tokens(rows[0])
             else:
-                if i == 0:
-                    weight = _task_order(weight, 2, self.in_perm, layer.in_folds)
-                values = torch.baddbmm(bias[:, None], rows[-1], weight.transpose(1, 2))
+                values = self._apply_layer(i, rows[-1])
             rows.append(self.activation(values) if i < last else values)
         return rows[1:]
 
@@ -284,10 +317,12 @@ class EmbeddedMLP(EmbeddedModel):
             for i, name in enumerate(names)
         ]
 
-    def _read_tokens(self, tokens, weight):
+    def _read_tokens(self, tokens):
         """W [E[a]; E[b]] = T_0[a] + T_1[b], with tables T_f = E W_f^T of (runs, tokens, hidden)."""
+        weight, bias = self._task_layer(0)
         blocks = weight.unflatten(2, (self.layers[0].in_folds, -1)).unbind(2)
         tables = [self.embedding @ block.transpose(1, 2) for block in blocks]
+        tables[0] = tables[0] + bias[:, None]
         return sum(t.index_select(1, tokens[:, f]) for f, t in enumerate(tables))
 
     def _check_input(self, x):
@@ -303,18 +338,90 @@ class EmbeddedMLP(EmbeddedModel):
                     f"x has tokens {x.min()} to {x.max()}; allowed are 0 to {tokens - 1}"
                 )
             return x.to(self.embedding.device)
-        shared = x.ndim == 2
-        if x.shape[-1:] != self.shape[:1] or not (shared or (x.ndim == 3 and len(x) == self.runs)):
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}; allowed are (batch, {self.shape[0]}) "
-                f"and ({self.runs}, batch, {self.shape[0]})"
-            )
-        x = x.to(self.layers[0].weight)  # the model's device and dtype
-        return x.expand(self.runs, *x.shape) if shared else x
+        return self._per_run_input(x, "batch")
+
+
+class EmbeddedTransformer(EmbeddedModel):
+    """`runs` causal transformers whose neurons have places, without LayerNorm (paper, section 3.4).
+
+    Every block adds attention, then an MLP of 4 * width tanh-GELU neurons, to the residual stream.
+    Queries, keys and values are three folds of one row of `width` neurons, in `heads` blocks.
+    Token positions are known through the causal mask alone.
+
+    Attributes: `layers`: embed, then (qkv, proj, up, down) per block, then output; `in_perm` and
+    `out_perm` as in `EmbeddedMLP`; `embedding` is None.
+
+    Raises ValueError for sizes below 1 and for `heads` that do not divide `width`.
+    """
+
+    def __init__(self, in_dim, out_dim, width=32, heads=1, blocks=2, runs=1, *, generator=None):
+        super().__init__()
+        sizes = {"in_dim": in_dim, "out_dim": out_dim, "width": width, "heads": heads}
+        for name, count in {**sizes, "blocks": blocks, "runs": runs}.items():
+            _check_count(name, count)
+        if width % heads:
+            raise ValueError(f"heads is {heads}; it must divide width = {width}")
+        self.heads, self.blocks, stream = heads, blocks, line(width)
+        block = [(stream, stream, 3), (stream, stream, 1)]
+        block += [(stream, line(4 * width), 1), (line(4 * width), stream, 1)]
+        ends = [(line(in_dim), stream, 1)], [(stream, line(out_dim), 1)]
+        self.layers = nn.ModuleList(
+            EmbeddedLinear(a, b, out_folds=folds, runs=runs, generator=generator)
+            for a, b, folds in ends[0] + block * blocks + ends[1]
+        )
+        self.register_buffer("in_perm", torch.arange(in_dim).repeat(runs, 1))
+        self.register_buffer("out_perm", torch.arange(out_dim).repeat(runs, 1))
+
+    def forward(self, x):
+        """(batch, tokens, in) or (runs, batch, tokens, in) -> (runs, batch, tokens, out).
+        Raises ValueError for another shape."""
+        return self.rows(x)[-1]
+
+    def rows(self, x):
+        """What `forward` computes on its way: a list of the values (runs, batch, tokens, n) of
+        every row after the input: the stream (Embed), then attention, stream, MLP and stream of
+        every block, then the output. An attention row is what its heads have collected."""
+        x = self._per_run_input(x, "batch, tokens")
+        batch, tokens = x.shape[1:3]
+        stream = self._apply_layer(0, x.flatten(1, 2))
+        rows = [stream]
+        for first in range(1, len(self.layers) - 1, 4):
+            seen = self._attend(self._apply_layer(first, stream), tokens)
+            stream = stream + self._apply_layer(first + 1, seen)
+            rows += [seen, stream]
+            hidden = F.gelu(self._apply_layer(first + 2, stream), approximate="tanh")
+            stream = stream + self._apply_layer(first + 3, hidden)
+            rows += [hidden, stream]
+        rows.append(self._apply_layer(len(self.layers) - 1, stream))
+        return [values.unflatten(1, (batch, tokens)) for values in rows]
+
+    def groups(self):
+        embed, *inner, output = self.layers
+        stream = NeuronGroup(
+            "stream",
+            writers=(embed, *inner[1::4], *inner[3::4]),
+            readers=(*inner[::4], *inner[2::4], output),
+            stages=("Embed", *(f"Res{i + 1}" for i in range(2 * self.blocks))),
+        )
+        rows = [NeuronGroup("input", readers=(embed,), label=self.in_perm), stream]
+        for i in range(self.blocks):
+            qkv, proj, up, down = inner[4 * i : 4 * i + 4]
+            rows.append(NeuronGroup(f"Atn{i + 1}", (qkv,), (proj,), heads=self.heads))
+            rows.append(NeuronGroup(f"MLP{i + 1}", (up,), (down,)))
+        return [*rows, NeuronGroup("output", writers=(output,), label=self.out_perm)]
+
+    def _attend(self, qkv, tokens):
+        """Causal attention, (runs, batch * tokens, 3 * width) -> (runs, batch * tokens, width)."""
+        parts = qkv.view(-1, tokens, 3, self.heads, qkv.shape[2] // (3 * self.heads))
+        q, k, v = parts.permute(2, 0, 3, 1, 4)
+        seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return seen.transpose(1, 2).reshape(*qkv.shape[:2], -1)
 
 
 def _task_order(tensor, axis, perm, folds=1):
     """`tensor` with what sits in slot s put at index perm[s] of `axis`."""
+    if torch.equal(perm, torch.arange(perm.shape[1], device=perm.device).expand_as(perm)):
+        return tensor
     index = _unfold(perm, folds)
     index = index[:, :, None] if axis == 1 and tensor.ndim == 3 else index
     index = index[:, None] if axis == 2 else index
@@ -401,7 +508,8 @@ def swap_neurons(model, top_k=5, *, reduce="sum", method="greedy", runs=None, op
 
     method="greedy" (the paper): row by row from input to output, the slots are ranked once by the
     sum of |w| of all wires of their neuron. For each of the first `top_k` slots, its neuron trades
-    places with the one, of all neurons of the row, that shortens the wiring most, if any does.
+    places with the one, of all neurons of the row, that shortens the wiring most, if any does. In
+    a row with heads neurons stay in their head; then whole heads trade places in the same way.
     method="optimal" (ours): every row takes its best arrangement with the other rows held fixed, a
     linear assignment problem; `top_k` plays no part.
 
@@ -424,16 +532,16 @@ def swap_neurons(model, top_k=5, *, reduce="sum", method="greedy", runs=None, op
             raise ValueError(f"group {group.name} is at both ends of one layer; allowed is one end")
         if not group.movable:
             continue
-        wires = list(_wires(group, reduce))
-        head = np.arange(len(group.places)) * group.heads // len(group.places)
-        if method == "greedy":
-            order, gain = _greedy_order(wires, head, top_k)
-        else:
-            order, gain = _optimal_order(wires, head)
-        order[~treated], gain[~treated] = np.arange(order.shape[1]), 0
-        saved += gain
-        if (order != np.arange(order.shape[1])).any():
-            _rearrange(group, torch.from_numpy(order).to(wires[0][0].device), optimizer)
+        searches = [_optimal_order] if method == "optimal" else [_greedy_order]
+        if method == "greedy" and group.heads > 1:
+            searches.append(_greedy_heads)
+        for search in searches:
+            wires = list(_wires(group, reduce))
+            order, gain = search(wires, group.heads, top_k)
+            order[~treated], gain[~treated] = np.arange(order.shape[1]), 0
+            saved += gain
+            if (order != np.arange(order.shape[1])).any():
+                _rearrange(group, torch.from_numpy(order).to(wires[0][0].device), optimizer)
     return torch.from_numpy(saved).to(model.layers[0].weight)
 
 
@@ -453,7 +561,7 @@ def _wires(group, reduce):
         yield size, price[:n]
 
 
-def _greedy_order(wires, head, top_k):
+def _greedy_order(wires, heads, top_k):
     """The neuron that ends in each slot, (runs, n), and the gain, (runs,).
 
     What neuron i would cost in slot s is linear in its wires: C[i, s] = |w|[i] @ price[s].
@@ -471,6 +579,7 @@ def _greedy_order(wires, head, top_k):
     columns = sum(w @ p[top].transpose(1, 2) for w, p in wires)  # (runs, n, top_k)
     cost = sum((w * p).sum(2) for w, p in wires)  # (runs, n): of each slot's neuron as it is
     rank, top, rows, columns, cost = (t.cpu().numpy() for t in (rank, top, rows, columns, cost))
+    head = np.arange(n) * heads // n
     order = np.tile(np.arange(n), (n_runs, 1))
     gain, rounding = np.zeros(n_runs), 1e-12 * cost.sum(1)
     for turn, slot in enumerate(top.T):  # few and tiny steps: quicker on the CPU, without autograd
@@ -492,17 +601,37 @@ def _greedy_order(wires, head, top_k):
     return order, gain
 
 
-def _optimal_order(wires, head):
-    """As `_greedy_order`, but the best arrangement of the whole row."""
+def _greedy_heads(wires, heads, top_k):
+    """As `_greedy_order`, but whole heads trade places, their neurons in the order they have."""
+    whole = [
+        (w.unflatten(1, (heads, -1)).flatten(2), p.unflatten(0, (heads, -1)).flatten(1))
+        for w, p in wires
+    ]
+    order, gain = _greedy_order(whole, 1, top_k)
+    size = wires[0][0].shape[1] // heads
+    return (order[:, :, None] * size + np.arange(size)).reshape(len(order), -1), gain
+
+
+def _optimal_order(wires, heads, _=None):
+    """As `_greedy_order`, but the best arrangement of the whole row: of the neurons in every block
+    that their head could take, then of the heads."""
     cost = sum(w @ p.T for w, p in wires).cpu().numpy()
-    cost[:, head[:, None] != head] = np.inf  # neurons stay within their head
-    order = np.tile(np.arange(cost.shape[1]), (len(cost), 1))
-    gain = np.zeros(len(cost))
+    n = cost.shape[1]
+    size, neuron = n // heads, np.arange(n // heads)
+    order, gain = np.tile(np.arange(n), (len(cost), 1)), np.zeros(len(cost))
     for run, table in enumerate(cost):
-        neuron, slot = linear_sum_assignment(table)
-        fall = np.trace(table) - table[neuron, slot].sum()
+        blocks = table.reshape(heads, size, heads, size).swapaxes(1, 2)
+        slots = [[linear_sum_assignment(block)[1] for block in row] for row in blocks]
+        price = [
+            [block[neuron, slot].sum() for block, slot in zip(*pair, strict=True)]
+            for pair in zip(blocks, slots, strict=True)
+        ]
+        blocks_taken = linear_sum_assignment(price)[1]
+        fall = np.trace(table) - sum(price[h][g] for h, g in enumerate(blocks_taken))
         if fall > 1e-12 * np.trace(table):
-            order[run, slot], gain[run] = neuron, fall
+            gain[run] = fall
+            for h, g in enumerate(blocks_taken):
+                order[run, g * size + slots[h][g]] = h * size + neuron
     return order, gain
 
 
@@ -556,9 +685,10 @@ def accuracy(outputs, classes):
 class History:
     """What `train` saw.
 
-    steps (logs,); losses and costs (logs, runs); metrics: name -> (logs, runs); snapshots: step ->
-    state of the networks; phases: the steps at which lamb changes; seconds in all, swap_seconds of
-    them in swaps; finished: False after an interrupt. Values are lists while training runs.
+    steps (logs,); losses, costs and objectives (loss + lamb * cost), each (logs, runs); metrics:
+    name -> (logs, runs); snapshots: step -> state of the networks; phases: the steps at which lamb
+    changes; seconds in all, swap_seconds of them in swaps; finished: False after an interrupt.
+    Values are lists while training runs.
     """
 
     model: EmbeddedModel
@@ -566,6 +696,7 @@ class History:
     steps: list = field(default_factory=list)
     losses: list = field(default_factory=list)
     costs: list = field(default_factory=list)
+    objectives: list = field(default_factory=list)
     metrics: dict = field(default_factory=dict)
     snapshots: dict = field(default_factory=dict)
     seconds: float = 0.0
@@ -584,19 +715,21 @@ class History:
         return self.model
 
     @torch.no_grad()
-    def log(self, step, model, loss, cost, metrics):
+    def log(self, step, model, loss, cost, lamb, metrics):
         """Add one line."""
         self.steps.append(step)
         self.losses.append(loss.detach().cpu())
         self.costs.append(cost.detach().cpu())
+        self.objectives.append((loss + lamb * cost).detach().cpu())
         for name, metric in metrics.items():
             self.metrics.setdefault(name, []).append(metric(model).cpu())
 
     def close(self):
         """Turn the lists into tensors (logs, runs)."""
-        width = min(map(len, (self.steps, self.losses, self.costs, *self.metrics.values())))
+        lines = (self.steps, self.losses, self.costs, self.objectives, *self.metrics.values())
+        width = min(map(len, lines))
         del self.steps[width:]
-        for name in ("losses", "costs"):
+        for name in ("losses", "costs", "objectives"):
             setattr(self, name, _stacked(getattr(self, name)[:width]))
         self.metrics = {name: _stacked(values[:width]) for name, values in self.metrics.items()}
 
@@ -664,7 +797,7 @@ def train(
         for step in tqdm(range(steps), label, ncols=80, file=_progress_line()):
             loss, wiring = loss_fn(model), phase_value(costs, step)(model)
             if step % log_every == 0:
-                history.log(step, model, loss, wiring, metrics)
+                history.log(step, model, loss, wiring, phase_value(lambs, step), metrics)
             if step % (snapshot_every or steps) == 0:
                 history.snapshots[step] = _state(model, kept)
             _check_losses(loss, wiring, model, step)
@@ -677,7 +810,7 @@ def train(
         with torch.no_grad():
             loss, wiring = loss_fn(model), phase_value(costs, steps)(model)
             _check_losses(loss, wiring, model, steps)
-            history.log(steps, model, loss, wiring, metrics)
+            history.log(steps, model, loss, wiring, phase_value(lambs, steps), metrics)
         history.finished = True
     except KeyboardInterrupt:
         print(f"interrupted after {done} of {steps} steps; what there is can be used")
@@ -718,6 +851,8 @@ def _phases(name, phases, steps):
     """[(fraction, value), ...] or one value for all time -> [(first step, value), ...]."""
     if not isinstance(phases, list | tuple):
         phases = [(0, phases)]
+    if not all(isinstance(phase, list | tuple) and len(phase) == 2 for phase in phases):
+        raise ValueError(f"{name} is {phases}; allowed are a value and pairs (fraction, value)")
     fractions = [fraction for fraction, _ in phases]
     in_order = all(a < b for a, b in itertools.pairwise(fractions))
     if not phases or fractions[0] != 0 or not in_order or fractions[-1] > 1:
@@ -783,30 +918,43 @@ def prune_threshold(model, loss_fn, tolerance=0.05, candidates=None):
 
 
 def wires_between(model):
-    """Every layer with the rows at its ends: a list of (layer, group read, group written)."""
-    groups = model.groups()
-    return [
-        (
-            layer,
-            next(g for g in groups if any(layer is m for m in g.readers)),
-            next(g for g in groups if any(layer is m for m in g.writers)),
-        )
-        for layer in model.layers
-    ]
+    """Every layer with the rows at its ends: a list of (layer, group read, group written). A
+    stream is another row, with another name, at every stage."""
+    groups, stage, wires = model.groups(), Counter(), []
+
+    def row(group):
+        return replace(group, name=[group.name, *group.stages][stage[group] if group.stages else 0])
+
+    for layer in model.layers:
+        source = next(g for g in groups if any(layer is m for m in g.readers))
+        target = next(g for g in groups if any(layer is m for m in g.writers))
+        read, _ = row(source), stage.update([target])
+        wires.append((layer, read, row(target)))
+    return wires
+
+
+def rows_of(model):
+    """The rows that pictures and graphs show, name -> `NeuronGroup`, from input to output."""
+    return {group.name: group for _, *ends in wires_between(model) for group in ends}
 
 
 def wiring_graph(model, run=0, threshold=0.0, live=True):
     """One network as a `networkx.DiGraph`: nodes (row, slot), an edge for every |w| > threshold,
     its attribute `weight` the sum of |w| over folds. `live` keeps only what lies on a path from
-    the input row (where its embedding is not pruned, too) to the output row. `threshold` is a
-    float or (runs,), here as in the functions below."""
+    the input row (where its embedding is not pruned, too) to the output row. A neuron of a stream
+    leads to itself in the next stage, by an edge of weight 0. `threshold` is a float or (runs,),
+    here as in the functions below."""
     threshold = _per_run("threshold", threshold, model)
     if isinstance(threshold, torch.Tensor) and threshold.ndim:
         threshold = threshold[run].item()
     groups = model.groups()
     graph = nx.DiGraph()
+    for name, group in rows_of(model).items():
+        graph.add_nodes_from((name, slot) for slot in range(len(group.places)))
     for group in groups:
-        graph.add_nodes_from((group.name, slot) for slot in range(len(group.places)))
+        for before, after in itertools.pairwise(group.stages):
+            for slot in range(len(group.places)):
+                graph.add_edge((before, slot), (after, slot), weight=0.0)
     for layer, source, target in wires_between(model):
         size = layer.weight[run].detach().abs()
         size = torch.where(size > threshold, size, 0)
@@ -834,7 +982,7 @@ def _reached(graph, starts):
 def live_neurons(model, run=0, threshold=0.0):
     """Slots of the neurons on an input-to-output path of the pruned network: row name -> list."""
     live = sorted(wiring_graph(model, run, threshold))
-    return {g.name: [slot for name, slot in live if name == g.name] for g in model.groups()}
+    return {row: [slot for name, slot in live if name == row] for row in rows_of(model)}
 
 
 def modules(model, run=0, threshold=0.0, rows=None):
@@ -916,43 +1064,95 @@ def plot_network(
 ):
     """Draw one network, inputs below: dots at the places, a line for every weight of size above
     `threshold` (default a hundredth of its layer's largest), blue if positive, red if negative,
-    as wide as |w| / max |w| of its layer times `width` points. Two folds of inputs make two rows
-    of dots, each with its own weights. `in_labels` and `out_labels`, in task order, follow the
-    neurons. Returns the axes."""
+    as wide as |w| / max |w| of its layer times `width` points. Folds (two tokens; query, key and
+    value from below) make rows of dots of their own, each with its own weights. Stages of a stream
+    are joined by thin grey lines. `in_labels` and `out_labels`, in task order, follow the neurons.
+    Returns the axes."""
     ax = plt.subplots(figsize=(5, 4))[1] if ax is None else ax
-    groups, dots = model.groups(), []
-    height = {group.name: i for i, group in enumerate(groups)}
+    groups, height = model.groups(), {name: y for y, name in enumerate(rows_of(model))}
+    dots = []
     for layer, source, target in wires_between(model):
-        lower = _fold_positions(source, height, layer.in_folds)
-        upper = _fold_positions(target, height, layer.out_folds)
+        lower = _fold_positions(source, height, range(layer.in_folds))
+        upper = _fold_positions(target, height, range(layer.out_folds)[::-1])
         ax.add_collection(_wire_lines(layer.weight[run], lower, upper, threshold, width))
         dots += [lower, upper]
+    for group in (group for group in groups if group.stages):
+        ends = [height[group.stages[i]] for i in (0, -1)]
+        ax.vlines(group.places[:, 0].tolist(), *ends, "0.85", lw=0.5, zorder=0)
     ax.scatter(*np.unique(np.concatenate(dots), axis=0).T, s=dot, c="black", lw=0, zorder=3)
     low = -0.25 * (groups[0].readers[0].in_folds - 1)
     _write_labels(ax, groups[0], run, in_labels, low - 0.12, "top", fontsize)
-    _write_labels(ax, groups[-1], run, out_labels, len(groups) - 1 + 0.12, "bottom", fontsize)
+    _write_labels(ax, groups[-1], run, out_labels, len(height) - 1 + 0.12, "bottom", fontsize)
     for name, y in height.items() if row_names else ():
         ax.text(-0.03, y, name, ha="right", va="center", fontsize=fontsize)
-    ax.set(xlim=(-0.02, 1.02), ylim=(low - 0.4, len(groups) - 0.6))
+    ax.set(xlim=(-0.02, 1.02), ylim=(low - 0.4, len(height) - 0.6))
     ax.axis("off")
     return ax
 
 
-def _fold_positions(group, height, folds):
-    """Where a row's dots are in the picture, (folds * n, 2)."""
+def plot_network_3d(
+    model,
+    run=0,
+    ax=None,
+    *,
+    image=None,
+    out_labels=None,
+    threshold=None,
+    strongest=1500,
+    width=2.0,
+    dot=8,
+    fontsize=10,
+):
+    """Draw one network whose rows lie in the plane, inputs below, like `plot_network`, but only
+    the `strongest` lines of every layer. `image`, one value per input feature, colours the input
+    dots (white to black). Returns the axes, which are 3-D ones."""
+    ax = plt.figure(figsize=(6, 7)).add_subplot(projection="3d") if ax is None else ax
+    rows = rows_of(model)
+    points = {name: _space_positions(group, z) for z, (name, group) in enumerate(rows.items())}
+    for layer, source, target in wires_between(model):
+        ends = points[source.name], points[target.name]
+        lines = _wire_lines(layer.weight[run], *ends, threshold, width, strongest)
+        ax.add_collection3d(lines)
+    first, *others = points.values()
+    if image is not None:
+        shade = torch.as_tensor(image).cpu()[model.in_perm[run].cpu()]
+        ax.scatter(*first.T, c=shade, cmap="Greys", marker="s", s=dot, lw=0, depthshade=False)
+        others = others or [first]
+    else:
+        others = [first, *others]
+    ax.scatter(*np.concatenate(others).T, c="black", s=dot, lw=0, depthshade=False)
+    for (x, y, z), item in zip(points["output"], model.out_perm[run].tolist(), strict=True):
+        if out_labels is not None:
+            ax.text(x, y, z + 0.12, out_labels[item], fontsize=fontsize, ha="center")
+    ax.set(xlim=(0, 1), ylim=(1, 0), zlim=(0, len(rows) - 1))
+    ax.set_box_aspect((1, 1, 1.3), zoom=1.2)
+    ax.set_axis_off()
+    return ax
+
+
+def _fold_positions(group, height, levels):
+    """Where a row's dots are in the picture, (folds * n, 2): each fold at its level below."""
     x, y = group.places[:, 0].cpu().numpy(), height[group.name]
-    return np.concatenate([np.stack([x, np.full(len(x), y - 0.25 * f)], 1) for f in range(folds)])
+    return np.concatenate([np.stack([x, np.full(len(x), y - 0.25 * f)], 1) for f in levels])
 
 
-def _wire_lines(weight, lower, upper, threshold, width):
+def _space_positions(group, z):
+    """Where a row's dots are in space, (n, 3); a row in a line lies in the middle."""
+    places = group.places.cpu().numpy()
+    y = places[:, 1] if places.shape[1] > 1 else np.full(len(places), 0.5)
+    return np.stack([places[:, 0], y, np.full(len(places), z)], 1)
+
+
+def _wire_lines(weight, lower, upper, threshold, width, strongest=None):
     """One layer's weights (out, in) as a `LineCollection`, thick lines on top."""
     weight = weight.detach().cpu().numpy()
     size = np.abs(weight)
     largest = size.max(initial=0) or 1.0
     j, i = np.nonzero(size > (0.01 * largest if threshold is None else threshold))
-    order = size[j, i].argsort()
+    order = size[j, i].argsort()[-(strongest or size.size) :]
     j, i = j[order], i[order]
-    return LineCollection(
+    collection = LineCollection if lower.shape[1] == 2 else Line3DCollection
+    return collection(
         np.stack([lower[i], upper[j]], 1),
         linewidths=width * size[j, i] / largest,
         colors=np.where((weight[j, i] > 0)[:, None], to_rgba(POSITIVE), to_rgba(NEGATIVE)),
@@ -1024,13 +1224,128 @@ def explore(history, draw, *, figsize=(6, 4)):
     return widgets.VBox([widgets.HBox([play, slider]), picture])
 
 
+# ---------------------------------------------------------------- data (ours)
+
+
+class Digits(NamedTuple):
+    """What `load_mnist` returns: a name; the side of the images in pixels; `train` and `test`,
+    each (images (n, side * side) in 0 to 1, labels (n,))."""
+
+    name: str
+    side: int
+    train: tuple
+    test: tuple
+
+
+IDX_FILES = {
+    "train": (60_000, "train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "test": (10_000, "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+
+
+def load_mnist(folder=None):
+    """The MNIST digits as `Digits`: from the four canonical IDX files, plain or gzipped, in
+    `folder` (default $BIMT_DATA/mnist, else data/mnist; from this module's folder, if relative);
+    else from OpenML, which puts them there; else, without a network, and after saying so, the
+    8x8 digits that come with scikit-learn.
+
+    Raises ValueError for files that are truncated, foreign or mislabelled.
+    """
+    if folder is None:
+        folder = Path(os.environ.get("BIMT_DATA") or "data") / "mnist"
+    folder = Path(__file__).parent / folder
+    missing = [n for _, *names in IDX_FILES.values() for n in names if not _idx_path(folder, n)]
+    if missing:
+        try:
+            _fetch_mnist(folder)
+        except (OSError, HTTPException) as error:
+            print(f"NOTICE: no {missing[0]} in {folder.name}/ and no download ({error});")
+            print("instead of MNIST, these are the 8x8 digits that come with scikit-learn")
+            return _small_digits()
+    parts = {}
+    for part, (count, images, labels) in IDX_FILES.items():
+        pixels = _read_idx(_idx_path(folder, images), (count, 28, 28))
+        classes = _read_idx(_idx_path(folder, labels), (count,))
+        if classes.max() > 9:
+            raise ValueError(f"{labels} has class {classes.max()}; allowed are 0 to 9")
+        parts[part] = (
+            torch.from_numpy(pixels.reshape(count, -1)).float() / 255,
+            torch.from_numpy(classes).long(),
+        )
+    return Digits("MNIST", 28, **parts)
+
+
+def _idx_path(folder, name):
+    """The file `name` or `name`.gz, or None."""
+    return next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
+
+
+def _read_idx(path, shape):
+    """A file of unsigned bytes in IDX format, which has to have this shape."""
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is no whole gzip file: {error}") from error
+    header = _idx_header(shape)
+    if raw[: len(header)] != header or len(raw) != len(header) + math.prod(shape):
+        raise ValueError(
+            f"{path} starts with {raw[: len(header)].hex()} and has {len(raw)} bytes; allowed is "
+            f"{header.hex()} (IDX, unsigned bytes, {shape}) and {len(header) + math.prod(shape)}"
+        )
+    return np.frombuffer(raw, np.uint8, offset=len(header)).reshape(shape).copy()
+
+
+def _idx_header(shape):
+    return bytes([0, 0, 8, len(shape)]) + b"".join(n.to_bytes(4, "big") for n in shape)
+
+
+def _fetch_mnist(folder):
+    """Download MNIST and keep it as IDX files. A file appears under its name only when whole."""
+    with tempfile.TemporaryDirectory() as cache:
+        found = fetch_openml(
+            "mnist_784", version=1, as_frame=False, parser="liac-arff", data_home=cache
+        )
+    data, labels = np.asarray(found.data, np.uint8), np.asarray(found.target, np.uint8)
+    if data.shape != (70_000, 784):
+        raise ValueError(f"mnist_784 has shape {data.shape}; allowed is (70000, 784)")
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, rows in {"train": slice(60_000), "test": slice(60_000, None)}.items():
+        count, images, classes = IDX_FILES[part]
+        files = [(images, data[rows], (count, 28, 28)), (classes, labels[rows], (count,))]
+        for name, values, shape in files:
+            content = gzip.compress(_idx_header(shape) + values.tobytes())
+            _write_whole(folder / f"{name}.gz", content)
+
+
+def _write_whole(path, content):
+    """Write a file under another name and rename it when it is whole."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".part-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _small_digits():
+    images, labels = load_digits(return_X_y=True)
+    split = train_test_split(images / 16, labels, test_size=0.2, stratify=labels, random_state=0)
+    images, test_images, labels, test_labels = (torch.from_numpy(part) for part in split)
+    return Digits("8x8 digits", 8, (images.float(), labels), (test_images.float(), test_labels))
+
+
 # ---------------------------------------------------------------- figures and claims
 
 
 def figure_folder():
-    """Where figures, videos and claims go: $BIMT_FIGURES, else `figures/` beside this module."""
-    folder = Path(os.environ.get("BIMT_FIGURES") or Path(__file__).parent / "figures")
+    """Where figures, videos and claims go: $BIMT_FIGURES (from this module's folder, if relative),
+    else `figures/`. Raises PermissionError if nothing can be written there."""
+    folder = Path(__file__).parent / (os.environ.get("BIMT_FIGURES") or "figures")
     folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder} is read-only; set BIMT_FIGURES to a folder that is not")
     return folder
 
 

@@ -69,32 +69,60 @@ def score_of_slot(group, run, slot):
     return total
 
 
+def trade_blocks(group, run, j, k, size):
+    """Let the blocks of `size` neurons that start in slots j * size and k * size trade places."""
+    for offset in range(size):
+        trade(group, run, j * size + offset, k * size + offset)
+
+
 def greedy_by_search(model, run, top_k, reduce="sum"):
-    """The paper's swap by brute force: trade, measure the whole cost again, trade back."""
+    """The paper's swap by brute force: trade, measure the whole cost again, trade back. Neurons
+    stay in their head; then heads do the same."""
     for group in model.groups():
-        if not group.movable:
+        if group.movable:
+            size = len(group.places) // group.heads
+            _trade_greedily(model, group, run, top_k, reduce, 1, size)
+            if group.heads > 1:
+                _trade_greedily(model, group, run, top_k, reduce, size, len(group.places))
+
+
+def _trade_greedily(model, group, run, top_k, reduce, size, within):
+    """Blocks of `size` neurons trade places within each `within` neurons."""
+    count = len(group.places) // size
+    scores = [
+        sum(score_of_slot(group, run, block * size + offset) for offset in range(size))
+        for block in range(count)
+    ]
+    for j in sorted(range(count), key=lambda block: -scores[block])[:top_k]:
+        allowed = [k for k in range(count) if k * size // within == j * size // within]
+        costs = {}
+        for k in allowed:
+            trade_blocks(group, run, j, k, size)
+            costs[k] = distance_cost(model, run, reduce)
+            trade_blocks(group, run, j, k, size)
+        best = next(k for k in allowed if costs[k] <= min(costs.values()) + 1e-12)
+        if costs[best] < costs[j] - 1e-12:
+            trade_blocks(group, run, j, best, size)
+
+
+def keeps_heads(order, heads):
+    """Whether an arrangement keeps the neurons of every head together."""
+    size = len(order) // heads
+    blocks = [order[first : first + size] for first in range(0, len(order), size)]
+    return all(len({neuron // size for neuron in block}) == 1 for block in blocks)
+
+
+def optimal_by_search(model, run, reduce="sum", skipped=()):
+    """Every row in turn takes the best of all its arrangements that keep heads together."""
+    for group in model.groups():
+        if group.name in skipped:
             continue
-        n = len(group.places)
-        scores = [score_of_slot(group, run, slot) for slot in range(n)]
-        for j in sorted(range(n), key=lambda slot: -scores[slot])[:top_k]:
-            costs = []
-            for k in range(n):
-                trade(group, run, j, k)
-                costs.append(distance_cost(model, run, reduce))
-                trade(group, run, j, k)
-            lowest = min(costs)
-            best = next(k for k in range(n) if costs[k] <= lowest + 1e-12)
-            if costs[best] < costs[j] - 1e-12:
-                trade(group, run, j, best)
-
-
-def optimal_by_search(model, run, reduce="sum"):
-    """Every row in turn takes the best of all its arrangements."""
-    for group in model.groups():
         n = len(group.places)
         best, lowest = None, distance_cost(model, run, reduce) - 1e-12
         saved = model.pick(run)
         for order in itertools.permutations(range(n)):
+            if not keeps_heads(order, group.heads):
+                continue
             arranged = saved.pick(0)
             arrange(next(g for g in arranged.groups() if g.name == group.name), 0, order)
             cost = distance_cost(arranged, 0, reduce)
