@@ -27,6 +27,7 @@ import itertools
 import json
 import math
 import os
+import socket
 import tempfile
 import time
 import zlib
@@ -1098,8 +1099,8 @@ def plot_network_3d(
     image=None,
     out_labels=None,
     threshold=None,
-    strongest=1500,
-    width=2.0,
+    strongest=800,
+    width=1.5,
     dot=8,
     fontsize=10,
 ):
@@ -1107,25 +1108,27 @@ def plot_network_3d(
     the `strongest` lines of every layer. `image`, one value per input feature, colours the input
     dots (white to black). Returns the axes, which are 3-D ones."""
     ax = plt.figure(figsize=(6, 7)).add_subplot(projection="3d") if ax is None else ax
+    ax.computed_zorder = False  # lines over the input plane, dots over lines
     rows = rows_of(model)
     points = {name: _space_positions(group, z) for z, (name, group) in enumerate(rows.items())}
     for layer, source, target in wires_between(model):
         ends = points[source.name], points[target.name]
         lines = _wire_lines(layer.weight[run], *ends, threshold, width, strongest)
+        lines.set(alpha=0.6, zorder=2)
         ax.add_collection3d(lines)
-    first, *others = points.values()
-    if image is not None:
-        shade = torch.as_tensor(image).cpu()[model.in_perm[run].cpu()]
-        ax.scatter(*first.T, c=shade, cmap="Greys", marker="s", s=dot, lw=0, depthshade=False)
-        others = others or [first]
-    else:
-        others = [first, *others]
-    ax.scatter(*np.concatenate(others).T, c="black", s=dot, lw=0, depthshade=False)
+    for name, places in points.items():
+        plane = {"s": dot, "lw": 0, "depthshade": False, "zorder": 3}
+        if name == "input" and image is not None:
+            shade = 0.15 + torch.as_tensor(image).cpu()[model.in_perm[run].cpu()]
+            plane |= {"c": shade, "cmap": "Greys", "marker": "s", "vmin": 0, "vmax": 1, "zorder": 1}
+        else:
+            plane |= {"c": "black"}
+        ax.scatter(*places.T, **plane)
     for (x, y, z), item in zip(points["output"], model.out_perm[run].tolist(), strict=True):
         if out_labels is not None:
             ax.text(x, y, z + 0.12, out_labels[item], fontsize=fontsize, ha="center")
     ax.set(xlim=(0, 1), ylim=(1, 0), zlim=(0, len(rows) - 1))
-    ax.set_box_aspect((1, 1, 1.3), zoom=1.2)
+    ax.set_box_aspect((1, 1, 1.25), zoom=1.15)
     ax.set_axis_off()
     return ax
 
@@ -1202,6 +1205,15 @@ def animate(history, draw, path, *, figsize=(6, 4), fps=12, dpi=100):
     return path
 
 
+def as_png(draw, figsize=(6, 4)):
+    """The bytes of a PNG of what draw(fig) draws, for widgets that show pictures."""
+    fig, png = plt.figure(figsize=figsize), io.BytesIO()
+    draw(fig)
+    fig.savefig(png, dpi=80)
+    plt.close(fig)
+    return png.getvalue()
+
+
 def explore(history, draw, *, figsize=(6, 4)):
     """A slider with a play button over the snapshots, each drawn by draw(fig, model, step)."""
     import ipywidgets as widgets  # only notebooks need it
@@ -1212,11 +1224,9 @@ def explore(history, draw, *, figsize=(6, 4)):
     picture = widgets.Image(format="png")
 
     def show(_=None):
-        fig, png = plt.figure(figsize=figsize), io.BytesIO()
-        draw(fig, history.at(slider.value), slider.value)
-        fig.savefig(png)
-        plt.close(fig)
-        picture.value = png.getvalue()
+        picture.value = as_png(
+            lambda fig: draw(fig, history.at(slider.value), slider.value), figsize
+        )
 
     play.observe(lambda change: setattr(slider, "index", change.new), "value")
     slider.observe(show, "value")
@@ -1301,15 +1311,26 @@ def _idx_header(shape):
 
 def _fetch_mnist(folder):
     """Download MNIST and keep it as IDX files. A file appears under its name only when whole."""
-    with tempfile.TemporaryDirectory() as cache:
-        found = fetch_openml(
-            "mnist_784", version=1, as_frame=False, parser="liac-arff", data_home=cache
-        )
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)  # seconds without an answer
+    try:
+        with tempfile.TemporaryDirectory() as cache:
+            found = fetch_openml(
+                "mnist_784",
+                version=1,
+                as_frame=False,
+                parser="liac-arff",
+                n_retries=0,
+                data_home=cache,
+            )
+    finally:
+        socket.setdefaulttimeout(patience)
     data, labels = np.asarray(found.data, np.uint8), np.asarray(found.target, np.uint8)
-    if data.shape != (70_000, 784):
-        raise ValueError(f"mnist_784 has shape {data.shape}; allowed is (70000, 784)")
+    n_train, total = IDX_FILES["train"][0], sum(count for count, *_ in IDX_FILES.values())
+    if data.shape != (total, 784):
+        raise ValueError(f"mnist_784 has shape {data.shape}; allowed is ({total}, 784)")
     folder.mkdir(parents=True, exist_ok=True)
-    for part, rows in {"train": slice(60_000), "test": slice(60_000, None)}.items():
+    for part, rows in {"train": slice(n_train), "test": slice(n_train, None)}.items():
         count, images, classes = IDX_FILES[part]
         files = [(images, data[rows], (count, 28, 28)), (classes, labels[rows], (count,))]
         for name, values, shape in files:
