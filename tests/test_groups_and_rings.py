@@ -1,0 +1,443 @@
+"""The mathematics inside the notebooks of Figure 5 (rings, modules, committees) and Figure 6 (the
+group S4, its representations and cosets), against references that share no code with them."""
+
+import itertools
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from notebook_cells import definitions
+from reference import arrange
+
+from bimt_utils import EmbeddedMLP, modules
+
+elements, seeds = st.integers(0, 23), st.integers(0, 10_000)
+
+
+@pytest.fixture(scope="module")
+def s4():
+    return SimpleNamespace(**definitions("permutation_S4_3.3"))
+
+
+@pytest.fixture(scope="module")
+def adding():
+    """Figure 5 modulo 11, as the dictionary in which its functions look their names up."""
+    return definitions("modular_addition_3.3", P=11, DIM=8, WIDTH=12, RUNS=1)
+
+
+# ---------------------------------------------------------------- the group
+
+
+def moves(perm):
+    """The matrix that takes what is at i to perm[i]."""
+    matrix = np.zeros((len(perm), len(perm)))
+    matrix[list(perm), range(len(perm))] = 1
+    return matrix
+
+
+MATRICES = np.array([moves(perm) for perm in itertools.permutations(range(4))])
+
+
+def test_table_multiplies_the_permutation_matrices(s4):
+    assert sorted(set(s4.PERMS)) == list(s4.PERMS)
+    assert len(s4.PERMS) == 24
+    assert (MATRICES[s4.TABLE] == MATRICES[:, None] @ MATRICES).all()
+
+
+def test_b_is_applied_first(s4):
+    """a exchanges 0 and 1; b turns 0 to 1, 1 to 2 and 2 to 0."""
+    a, b = s4.PERMS.index((1, 0, 2, 3)), s4.PERMS.index((1, 2, 0, 3))
+    assert s4.PERMS[s4.TABLE[a, b]] == (0, 2, 1, 3)
+    assert s4.PERMS[s4.TABLE[b, a]] == (2, 1, 0, 3)
+
+
+@settings(deadline=None)
+@given(elements, elements, elements)
+def test_group_axioms(s4, a, b, c):
+    table, inverse = s4.TABLE, s4.INVERSE
+    assert 0 <= table[a, b] < 24
+    assert table[table[a, b], c] == table[a, table[b, c]]
+    assert table[a, 0] == table[0, a] == a
+    assert table[a, inverse[a]] == table[inverse[a], a] == 0
+    assert inverse[table[a, b]] == table[inverse[b], inverse[a]]
+    assert (table[a, b] == table[a, c]) == (b == c) == (table[b, a] == table[c, a])
+
+
+def test_sign_counts_the_pairs_that_change_their_order(s4):
+    for perm, sign in zip(s4.PERMS, s4.SIGN, strict=True):
+        assert sign == (-1) ** sum(a > b for a, b in itertools.combinations(perm, 2))
+
+
+def test_what_the_network_learns_is_the_table(s4):
+    for (a, b), product in zip(s4.pairs.tolist(), s4.products.tolist(), strict=True):
+        assert (MATRICES[product] == MATRICES[a] @ MATRICES[b]).all()
+    assert sorted(s4.DATA["all"].tolist()) == list(range(24**2))
+    assert not set(s4.DATA["train"].tolist()) & set(s4.DATA["test"].tolist())
+
+
+# ---------------------------------------------------------------- characters and energies
+
+
+def partner_of_zero(perm):
+    """How a permutation moves the three splits into two pairs, told apart by who is with 0."""
+    moved = []
+    for i in (1, 2, 3):
+        pairs = [{perm[0], perm[i]}, {perm[j] for j in (1, 2, 3) if j != i}]
+        moved += [j - 1 for pair in pairs if 0 in pair for j in pair - {0}]
+    return moved
+
+
+def without_the_mean(matrices):
+    """Permutation matrices (24, n, n) on the plane of vectors that add up to zero."""
+    n = matrices.shape[1]
+    plane = np.linalg.svd(np.ones((1, n)))[2][1:]
+    return plane @ matrices @ plane.T
+
+
+def representations():
+    """The five irreducible representations of S4, name -> matrices (24, d, d)."""
+    sign = np.linalg.det(MATRICES).round()[:, None, None]
+    points = without_the_mean(MATRICES)
+    perms = itertools.permutations(range(4))
+    return {
+        "trivial (1)": np.ones((24, 1, 1)),
+        "sign (1)": sign,
+        "splits (2)": without_the_mean(np.array([moves(partner_of_zero(p)) for p in perms])),
+        "points (3)": points,
+        "points x sign (3)": points * sign,
+    }
+
+
+REPRESENTATIONS = representations()
+
+
+def test_characters_are_the_traces_of_the_representations(s4):
+    assert list(s4.CHARACTERS) == list(REPRESENTATIONS)
+    for name, matrices in REPRESENTATIONS.items():
+        assert np.allclose(matrices[s4.TABLE], matrices[:, None] @ matrices)
+        assert np.allclose(s4.CHARACTERS[name], matrices.trace(axis1=1, axis2=2))
+
+
+def test_characters_are_orthonormal_and_fill_the_group(s4):
+    table = np.array(list(s4.CHARACTERS.values()))
+    assert (table @ table.T == 24 * np.eye(5)).all()
+    assert table[:, 0].tolist() == s4.DIMENSIONS.tolist() == [1, 1, 2, 3, 3]
+    assert (table[:, 0] ** 2).sum() == 24
+
+
+def test_characters_tell_the_five_classes_apart(s4):
+    table = np.array(list(s4.CHARACTERS.values()))
+    for g in range(24):
+        conjugate = s4.TABLE[s4.TABLE[g], s4.INVERSE[g]]  # g h g^-1 for all h
+        assert (table[:, conjugate] == table).all()
+    sizes = np.unique(table, axis=1, return_counts=True)[1]
+    assert sorted(sizes.tolist()) == [1, 3, 6, 6, 8]
+
+
+@pytest.mark.parametrize("number", range(5))
+@settings(deadline=None, max_examples=20)
+@given(seed=seeds)
+def test_matrix_entries_lie_in_their_representation_alone(s4, number, seed):
+    matrices = list(REPRESENTATIONS.values())[number]
+    weights = np.random.default_rng(seed).normal(size=matrices.shape[1:])
+    mixed = (matrices * weights).sum((1, 2))
+    energy = s4.energies(np.stack([*matrices.reshape(24, -1).T, mixed]))
+    assert np.allclose(energy, np.eye(5)[number], atol=1e-9)
+
+
+@settings(deadline=None, max_examples=30)
+@given(seeds, elements, elements)
+def test_energies_add_up_and_do_not_see_translations(s4, seed, left, right):
+    values = np.random.default_rng(seed).normal(size=(3, 24))
+    energy = s4.energies(values)
+    assert energy.shape == (3, 5)
+    assert np.allclose(energy.sum(1), 1)
+    moved = values[:, s4.TABLE[s4.TABLE[left], right]]
+    assert np.allclose(s4.energies(moved), energy)
+
+
+@settings(deadline=None)
+@given(st.permutations(range(5)), st.floats(0.01, 1))
+def test_energies_of_a_mixture(s4, order, share):
+    """Functions of length one, from two representations, in the shares that they were given."""
+    a, b = (list(REPRESENTATIONS.values())[n][:, -1, 0] for n in order[:2])
+    mixed = a * math.sqrt(share / (a @ a)) + b * math.sqrt((1 - share) / (b @ b))
+    energy = s4.energies(mixed[None])[0]
+    assert energy[order[0]] == pytest.approx(share)
+    assert energy[order[1]] == pytest.approx(1 - share)
+
+
+# ---------------------------------------------------------------- subgroups and cosets
+
+
+def test_the_thirty_subgroups(s4):
+    assert len(set(s4.SUBGROUPS)) == len(s4.SUBGROUPS) == 30
+    orders = [len(group) for group in s4.SUBGROUPS]
+    assert orders == [1] + 9 * [2] + 4 * [3] + 7 * [4] + 4 * [6] + 3 * [8] + [12, 24]
+    for group in s4.SUBGROUPS:
+        assert {s4.TABLE[a, b] for a in group for b in group} == group
+
+
+@settings(deadline=None)
+@given(st.integers(0, 29), elements, elements)
+def test_cosets_part_the_group(s4, number, g, h):
+    group = s4.SUBGROUPS[number]
+    for side in ("left", "right"):
+        labels = s4.cosets(group, side)
+        sizes = np.unique(labels, return_counts=True)[1]
+        assert (sizes == len(group)).all()
+        quotient = MATRICES[h].T @ MATRICES[g] if side == "left" else MATRICES[g] @ MATRICES[h].T
+        same = any((quotient == MATRICES[member]).all() for member in group)
+        assert (labels[g] == labels[h]) == same
+
+
+def on_cosets(s4, group, side, rng):
+    """A function with another value on every coset, in random order."""
+    labels = np.unique(s4.cosets(group, side), return_inverse=True)[1]
+    return rng.permutation(labels.max() + 1)[labels].astype(float)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_functions_on_cosets_are_recognised(s4, side):
+    rng = np.random.default_rng(0)
+    for group in s4.SUBGROUPS[:-1]:
+        values = 3 - 0.1 * on_cosets(s4, group, side, rng)
+        order, found_side, share, found = s4.best_cosets(values)
+        normal = set(s4.cosets(group, "left")) == set(s4.cosets(group, "right"))
+        assert (order, found) == (len(group), group)
+        assert found_side == side or normal
+        assert share == pytest.approx(1)
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.integers(1, 28), st.sampled_from(["left", "right"]), seeds)
+def test_a_little_noise_within_the_cosets_is_forgiven(s4, number, side, seed):
+    group, rng = s4.SUBGROUPS[number], np.random.default_rng(seed)
+    values = on_cosets(s4, group, side, rng)
+    near = values + 0.03 * values.std() * rng.uniform(-1, 1, 24)
+    far = values + 3 * values.std() * rng.normal(size=24)
+    assert s4.best_cosets(near)[0] >= len(group)
+    for noisy in (near, far):
+        order, found_side, share, found = s4.best_cosets(noisy)
+        labels = s4.cosets(found, found_side)
+        within = np.mean([noisy[labels == label].var() for label in set(labels)])
+        assert order == len(found)
+        assert share == pytest.approx(1 - within / noisy.var())
+        assert share >= 0.95
+
+
+def test_noise_is_constant_on_no_cosets(s4):
+    for values in np.random.default_rng(0).normal(size=(10, 24)):
+        assert s4.best_cosets(values)[0] == 1
+
+
+def test_kinds_of_subgroups(s4):
+    """The even permutations: the identity, three pairs of exchanges, eight turns of three."""
+    kinds = [s4.kind(group) for group in s4.SUBGROUPS]
+    assert kinds[28] == f"order 12, elements of order {[1] + 3 * [2] + 8 * [3]}"
+    assert sum("[1, 2, 4, 4]" in kind for kind in kinds) == 3  # cyclic
+    assert sum("[1, 2, 2, 2]" in kind for kind in kinds) == 4  # Klein's
+
+
+def test_summary_of_planted_neurons(s4):
+    """Run 0: the sign, a coset function and noise; run 1: noise alone, in another slot."""
+    rng = np.random.default_rng(0)
+    model = EmbeddedMLP((8, 2, 24), s4.RUNS, in_folds=2, embedding=(24, 4))
+    coset = on_cosets(s4, s4.SUBGROUPS[20], "left", rng)
+    for slot, values in enumerate([s4.SIGN + 5, coset, rng.normal(size=24)]):
+        model.embedding.data[0, :, slot] = torch.tensor(values)
+    sign, share = s4.summary(model, [[0, 1, 2], [3]] + [[]] * (s4.RUNS - 2))
+    assert sign.tolist() == [True] + [False] * (s4.RUNS - 1)
+    assert share[0] == pytest.approx(2 / 3)
+    assert not share[1:].any()
+
+
+# ---------------------------------------------------------------- rings
+
+MODULI = st.sampled_from([7, 12, 31, 59, 60, 97])
+
+
+def ring(size, k, columns, rng, noise=0.0):
+    """Tokens t at angles 2 pi k t / size, in a random plane of `columns` dimensions."""
+    angle = 2 * np.pi * (k * np.arange(size) / size + rng.uniform())
+    plane = np.linalg.qr(rng.normal(size=(columns, 2)))[0]
+    circle = np.stack([np.cos(angle), np.sin(angle)], 1) @ plane.T
+    circle += noise * rng.normal(size=circle.shape)
+    return rng.uniform(0.1, 10) * circle + rng.normal(size=columns)
+
+
+@settings(deadline=None)
+@given(MODULI, st.data(), st.integers(2, 6), seeds)
+def test_rings_are_recognised(adding, size, data, columns, seed):
+    k = data.draw(st.integers(1, size - 1))
+    assume(math.gcd(k, size) == 1)
+    values = ring(size, k, columns, np.random.default_rng(seed), noise=0.004)
+    found, share = adding["frequency"](values)
+    assert found == min(k, size - k)  # a ring turns either way
+    assert share > 0.99
+    assert adding["ring_order"](values, k) == adding["ring_order"](values, size - k) == 1
+    others = [q for q in range(1, size) if q not in (k, size - k)]
+    assert max(adding["ring_order"](values, q) for q in others[:3]) == 0
+
+
+@pytest.mark.parametrize("k", [1, 7, 22])
+def test_two_tokens_in_each_others_place_break_three_steps(adding, k):
+    values = ring(59, k, 2, np.random.default_rng(k))
+    here = 5
+    there = (here + pow(k, -1, 59)) % 59  # the next on the ring
+    values[[here, there]] = values[[there, here]]
+    assert adding["ring_order"](values, k) == pytest.approx(56 / 59)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.sampled_from([7, 31, 59]), st.integers(1, 5), seeds)
+def test_share_of_the_variance_is_that_of_a_regression(adding, size, columns, seed):
+    rng = np.random.default_rng(seed)
+    values = ring(size, 2, columns + 1, rng, noise=0.5)[:, :columns]
+    k, share = adding["frequency"](values)
+    angle = 2 * np.pi * k * np.arange(size) / size
+    waves = np.stack([np.cos(angle), np.sin(angle), np.ones(size)], 1)
+    rest = values - waves @ np.linalg.lstsq(waves, values, rcond=None)[0]
+    assert share == pytest.approx(1 - (rest**2).sum() / values.var(0).sum() / size)
+
+
+def test_of_two_rings_in_one_module_the_larger_is_named(adding):
+    tokens = np.arange(59)
+    waves = [
+        r * f(2 * np.pi * k * tokens / 59) for r, k in ((2, 9), (1, 4)) for f in (np.cos, np.sin)
+    ]
+    k, share = adding["frequency"](np.stack(waves, 1))
+    assert k == 9
+    assert share == pytest.approx(4 / 5)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(2, 6), seeds)
+def test_noise_is_no_ring(adding, columns, seed):
+    values = np.random.default_rng(seed).normal(size=(59, columns))
+    k, share = adding["frequency"](values)
+    assert share < 0.5
+    assert adding["ring_order"](values, k) < 0.2
+
+
+def test_no_ring_without_frequency_or_in_one_column(adding):
+    values = ring(59, 7, 2, np.random.default_rng(0))
+    assert adding["ring_order"](values, 0) == 0
+    assert adding["ring_order"](values[:, :1], 7) == 0
+    assert adding["frequency"](values[:, :1])[0] == 7
+    assert adding["frequency"](np.full((59, 2), 0.5)) == (0, 0)
+
+
+# ---------------------------------------------------------------- modules and committees
+
+
+def plant(model, run, count, rng, faint=0.0):
+    """Wire one run as `count` modules that only meet in the output, and put the neurons of every
+    row in random order. Neurons of no module are dead ends: they read everyone, and nobody reads
+    them. Wires that should not be are `faint`. Returns the modules as sets of (row, slot)."""
+    groups, parts = model.groups(), [set() for _ in range(count)]
+    rows = [np.r_[:count, rng.integers(-1, count, len(g.places) - count)] for g in groups[:-1]]
+    rows.append(np.full(len(groups[-1].places), -1))
+    for layer, (below, above) in zip(model.layers, itertools.pairwise(rows), strict=True):
+        wired = (below >= 0) & ((above[:, None] == below) | (above[:, None] == -1))
+        size = rng.uniform(0.5, 1, layer.weight[run].shape)
+        size[~np.tile(wired, layer.in_folds)] *= faint
+        signs = rng.choice([-1, 1], size.shape)
+        layer.weight.data[run] = torch.tensor(size * signs)
+    for group, owner in zip(groups, rows, strict=True):
+        order = rng.permutation(len(owner))
+        arrange(group, run, order)
+        for slot, part in enumerate(owner[order]):
+            if part >= 0:
+                parts[part].add((group.name, slot))
+    return parts
+
+
+def planted(seed, faint=(0.0, 0.0)):
+    """Two runs with one to four modules each, and these modules."""
+    rng, first = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    model = EmbeddedMLP((16, 12, 12, 11), 2, in_folds=2, embedding=(11, 8), generator=first)
+    return model, [plant(model, run, rng.integers(1, 5), rng, faint[run]) for run in range(2)]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_planted_modules_are_found(adding, monkeypatch, seed):
+    model, parts = planted(seed, faint=(0.05, 0.4))
+    monkeypatch.setitem(adding, "model", model)
+    monkeypatch.setitem(adding, "threshold", torch.tensor([0.05, 0.4]))
+    for run, expected in enumerate(parts):
+        by_module = modules(model, run, adding["threshold"], rows=adding["BELOW"])
+        assert {frozenset(part) for part in by_module} == {frozenset(part) for part in expected}
+        found = adding["find_modules"](run)
+        assert {frozenset(part) for part in found} == {frozenset(part) for part in expected}
+        middles = [np.mean(adding["slots"](part)) for part in found]
+        assert middles == sorted(middles)
+        for part in found:
+            assert adding["slots"](part) == sorted(s for row, s in part if row == "input")
+            assert adding["slots"](part, "A2") == sorted(s for row, s in part if row == "A2")
+        assert len(modules(model, run, 0.0, rows=adding["BELOW"])) == 1
+        assert len(modules(model, run, adding["threshold"])) == 1  # they meet in the output
+
+
+def everything(model):
+    """The outputs of all runs for all pairs of tokens."""
+    pairs = torch.cartesian_prod(torch.arange(11), torch.arange(11))
+    with torch.no_grad():
+        return model(pairs)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_all_modules_together_are_the_whole_network(adding, seed):
+    model, parts = planted(seed)
+    whole, before = everything(model), model.embedding.detach().clone()
+    for run in range(2):
+        together = everything(adding["keep"](model, run, [sorted(part) for part in parts[run]]))
+        assert torch.allclose(together[0], whole[run], atol=1e-5)
+    assert torch.equal(model.embedding, before)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_module_that_is_off_has_its_wires_cut(adding, seed):
+    model, parts = planted(seed)
+    for run in range(2):
+        for off in parts[run]:
+            kept = [sorted(part) for part in parts[run] if part is not off]
+            cut = model.pick(run)
+            for slot in (slot for row, slot in off if row == "input"):
+                cut.layers[0].weight.data[0, :, [slot, 8 + slot]] = 0
+            alone = everything(adding["keep"](model, run, kept))
+            assert torch.allclose(alone, everything(cut), atol=1e-5)
+            assert not torch.allclose(alone[0], everything(model)[run], atol=1e-2)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_separate_modules_add_their_logits(adding, monkeypatch, seed):
+    model, _ = planted(seed)
+    parts = [plant(model, 0, 3, np.random.default_rng(seed))]
+    monkeypatch.setitem(adding, "model", model)
+    monkeypatch.setitem(adding, "parts", [[sorted(part) for part in run] for run in parts])
+    assert adding["additivity"](0) == pytest.approx(1, abs=1e-9)
+    table = adding["committee"](0)
+    assert set(table) == {"A", "B", "C", "AB", "AC", "BC", "ABC"}
+    assert table["ABC"] == [adding["score"](model, part)[0].item() for part in adding["DATA"]]
+    into, out_of = (adding["slots"](sorted(parts[0][n]), row) for n, row in ((0, "A2"), (1, "A1")))
+    for slot in into:  # now module A reads module B
+        model.layers[1].weight.data[0, slot, out_of] = 1.0
+    assert adding["additivity"](0) < 0.999
+
+
+def test_each_module_has_the_ring_that_was_planted(adding):
+    model, _ = planted(0)
+    rng = np.random.default_rng(0)
+    parts = plant(model, 1, 3, rng)
+    for k, part in zip((2, 3, 5), parts, strict=True):
+        slots = sorted(slot for row, slot in part if row == "input")
+        values = torch.tensor(ring(11, k, max(2, len(slots)), rng)[:, : len(slots)])
+        model.embedding.data[1, :, slots] = values.float()
+        columns = adding["columns"](model, 1, sorted(part))
+        assert np.allclose(columns, values, atol=1e-5)
+        assert adding["frequency"](columns)[0] == k
