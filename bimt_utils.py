@@ -185,8 +185,8 @@ class EmbeddedModel(nn.Module):
     def pick(self, run):
         """The same model with one run (an int) or with several (a list; repeats are allowed)."""
         rows = torch.as_tensor(run).reshape(-1)
-        if rows.numel() == 0 or rows.min() < -self.runs or rows.max() >= self.runs:
-            raise ValueError(f"run is {run}; allowed are whole numbers below {self.runs}")
+        for row in rows.tolist() or [None]:
+            _check_run(self, row)
         twin = copy.deepcopy(self)
         for name, tensor in self.state_dict(keep_vars=True).items():
             owner, _, leaf = name.rpartition(".")
@@ -197,6 +197,7 @@ class EmbeddedModel(nn.Module):
 
     def _per_run_input(self, x, axes):
         """Floats of shape (`axes`, in), or one such for every run, as (runs, ...)."""
+        x = torch.as_tensor(x)
         n, ndim = self.in_perm.shape[1] * self.layers[0].in_folds, axes.count(",") + 2
         shared = x.ndim == ndim
         if x.shape[-1:] != (n,) or not (shared or (x.ndim == ndim + 1 and len(x) == self.runs)):
@@ -328,6 +329,7 @@ class EmbeddedMLP(EmbeddedModel):
 
     def _check_input(self, x):
         if self.embedding is not None:
+            x = torch.as_tensor(x)
             folds, tokens = self.layers[0].in_folds, self.embedding.shape[1]
             if x.ndim != 2 or x.shape[1] != folds or x.is_floating_point():
                 raise ValueError(
@@ -462,6 +464,9 @@ def connection_cost(model, A=1.0, y0=0.1, *, A_last=None, biases=True, reduce="s
     """
     A, y0 = _per_run("A", A, model), _per_run("y0", y0, model)
     A_last = A if A_last is None else _per_run("A_last", A_last, model)
+    for name, price in {"A": A, "A_last": A_last, "y0": y0}.items():
+        if (price < 0) if isinstance(price, float) else (price < 0).any():
+            raise ValueError(f"{name} is {price}; allowed are prices from 0")
     total = 0.0
     for layer in model.layers:
         slope = A_last if layer is model.layers[-1] else A
@@ -491,6 +496,13 @@ def _per_run(name, value, model):
             f"{name} has shape {tuple(value.shape)}; allowed are a float and ({model.runs},)"
         )
     return value.to(model.layers[0].weight)
+
+
+def _of_run(name, value, model, run):
+    """The value of one run of a setting that is None, a float or per run."""
+    _check_run(model, run)
+    value = None if value is None else _per_run(name, value, model)
+    return value[run].item() if isinstance(value, torch.Tensor) and value.ndim else value
 
 
 def _column(value, ndim):
@@ -945,9 +957,7 @@ def wiring_graph(model, run=0, threshold=0.0, live=True):
     the input row (where its embedding is not pruned, too) to the output row. A neuron of a stream
     leads to itself in the next stage, by an edge of weight 0. `threshold` is a float or (runs,),
     here as in the functions below."""
-    threshold = _per_run("threshold", threshold, model)
-    if isinstance(threshold, torch.Tensor) and threshold.ndim:
-        threshold = threshold[run].item()
+    threshold = _of_run("threshold", threshold, model, run)
     groups = model.groups()
     graph = nx.DiGraph()
     for name, group in rows_of(model).items():
@@ -1070,6 +1080,7 @@ def plot_network(
     are joined by thin grey lines. `in_labels` and `out_labels`, in task order, follow the neurons.
     Returns the axes."""
     ax = plt.subplots(figsize=(5, 4))[1] if ax is None else ax
+    threshold = _of_run("threshold", threshold, model, run)
     groups, height = model.groups(), {name: y for y, name in enumerate(rows_of(model))}
     dots = []
     for layer, source, target in wires_between(model):
@@ -1108,6 +1119,7 @@ def plot_network_3d(
     the `strongest` lines of every layer. `image`, one value per input feature, colours the input
     dots (white to black). Returns the axes, which are 3-D ones."""
     ax = plt.figure(figsize=(6, 7)).add_subplot(projection="3d") if ax is None else ax
+    threshold = _of_run("threshold", threshold, model, run)
     ax.computed_zorder = False  # lines over the input plane, dots over lines
     rows = rows_of(model)
     points = {name: _space_positions(group, z) for z, (name, group) in enumerate(rows.items())}
@@ -1445,6 +1457,11 @@ def claims_table(rows):
 def _check_count(name, value, least=1):
     if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} is {value!r}; allowed are whole numbers from {least}")
+
+
+def _check_run(model, run):
+    if not isinstance(run, int | np.integer) or not -model.runs <= run < model.runs:
+        raise ValueError(f"run is {run!r}; allowed are whole numbers below {model.runs}")
 
 
 def _check_sequence(name, value, length=None):
