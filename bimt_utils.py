@@ -30,6 +30,7 @@ import os
 import socket
 import tempfile
 import time
+import warnings
 import zlib
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -1323,18 +1324,13 @@ def _idx_header(shape):
 
 def _fetch_mnist(folder):
     """Download MNIST and keep it as IDX files. A file appears under its name only when whole."""
+    query = {"version": 1, "as_frame": False, "parser": "liac-arff", "n_retries": 1}
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # seconds without an answer
     try:
-        with tempfile.TemporaryDirectory() as cache:
-            found = fetch_openml(
-                "mnist_784",
-                version=1,
-                as_frame=False,
-                parser="liac-arff",
-                n_retries=0,
-                data_home=cache,
-            )
+        with tempfile.TemporaryDirectory() as cache, warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about the retry
+            found = fetch_openml("mnist_784", data_home=cache, **query)
     finally:
         socket.setdefaulttimeout(patience)
     data, labels = np.asarray(found.data, np.uint8), np.asarray(found.target, np.uint8)

@@ -17,7 +17,9 @@ from bimt_utils import (
     connection_cost,
     grid,
     line,
+    live_neurons,
     mse_loss,
+    plot_network,
     ring,
     swap_neurons,
     train,
@@ -441,3 +443,39 @@ def test_bad_input_gets_a_clear_error(call, names):
         call()
     for name in names:
         assert name in str(error.value)
+
+
+# ---------------------------------------------------------------- users' slips
+
+
+@pytest.mark.parametrize("price", [{"A": -1.0}, {"y0": torch.tensor([0.1, -0.1])}, {"A_last": -2}])
+def test_negative_prices(price):
+    with pytest.raises(ValueError, match=f"{next(iter(price))} is"):
+        connection_cost(EmbeddedMLP((3, 4, 2), runs=2, generator=generator()), **price)
+
+
+def test_numpy_arrays_are_welcome():
+    model = EmbeddedMLP((3, 4, 2), runs=2, generator=generator())
+    x = torch.randn(5, 3, generator=generator())
+    assert torch.equal(model(x), model(x.numpy()))
+    tokens = EmbeddedMLP((6, 4), in_folds=2, embedding=(7, 3), generator=generator())
+    pairs = torch.tensor([[0, 6], [3, 3]])
+    assert torch.equal(tokens(pairs), tokens(pairs.numpy()))
+
+
+@pytest.mark.parametrize("run", [2, -3, 0.5, None])
+def test_runs_that_are_not_there(run):
+    model = EmbeddedMLP((3, 4, 2), runs=2, generator=generator())
+    for call in (plot_network, live_neurons):
+        with pytest.raises(ValueError, match="run is"):
+            call(model, run)
+
+
+def test_pictures_and_graphs_take_thresholds_per_run():
+    model = EmbeddedMLP((3, 4, 2), runs=2, generator=generator())
+    thresholds = torch.tensor([0.1, 0.3])
+    for run in range(2):
+        one = plot_network(model, run, threshold=thresholds.tolist()[run])
+        all_of_them = plot_network(model, run, threshold=thresholds)
+        lines = [len(ax.collections[0].get_segments()) for ax in (one, all_of_them)]
+        assert lines[0] == lines[1]

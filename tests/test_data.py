@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import sklearn.datasets
 import torch
 
 import bimt_utils
@@ -177,6 +178,16 @@ def test_a_download_killed_half_way_leaves_no_half_files(tmp_path, monkeypatch, 
     monkeypatch.setitem(bimt_utils.IDX_FILES, "train", (20, *NAMES[:2]))
     monkeypatch.setitem(bimt_utils.IDX_FILES, "test", (10, *NAMES[2:]))
     assert len(load_mnist(tmp_path / "mnist").train[0]) == 20
+
+
+@pytest.mark.filterwarnings("error")
+def test_scikit_learn_understands_what_it_is_asked(tmp_path, monkeypatch, capsys):
+    """The real `fetch_openml`, with nothing but the network taken away."""
+    monkeypatch.setattr(bimt_utils, "fetch_openml", sklearn.datasets.fetch_openml)
+    monkeypatch.setattr(sklearn.datasets._openml, "urlopen", offline)
+    assert load_mnist(tmp_path).side == 8
+    assert "no network" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_download_of_something_else(tmp_path, monkeypatch):
