@@ -1,10 +1,15 @@
-"""Speed as ratios, measured side by side in one run: `python tests/benchmark.py`.
+"""Speed as ratios, measured side by side in one run: `python tests/benchmark.py`; and how times
+grow with the size of the network: `python tests/benchmark.py scaling`.
 
 Not collected by pytest: a ratio of times is a measurement, not a pass or a failure.
 """
 
+import argparse
 import copy
 import itertools
+import math
+import resource
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,20 +17,34 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import matplotlib
+import numpy as np
 import torch
+from matplotlib.ticker import EngFormatter, NullLocator
 from reference import greedy_by_search
 from torch import nn
 
-from bimt_utils import EmbeddedMLP, mse_loss, plot_network, swap_neurons, train
+from bimt_utils import (
+    NEGATIVE,
+    POSITIVE,
+    EmbeddedMLP,
+    _descend,
+    connection_cost,
+    mse_loss,
+    plot_network,
+    save_figure,
+    swap_neurons,
+    train,
+)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 
-def seconds(call, repeats=5):
-    """Shortest of some times: the one with the least disturbance."""
+def seconds(call, repeats=5, before=lambda: None):
+    """Shortest of some times: the one with the least disturbance. `before` is not counted."""
     times = []
     for _ in range(repeats):
+        before()
         began = time.perf_counter()
         call()
         times.append(time.perf_counter() - began)
@@ -124,9 +143,7 @@ def time_frames():
             plt.close(fig)
 
 
-def main():
-    torch.set_num_threads(1)
-    print(f"one thread, torch {torch.__version__}\n")
+def ratios():
     print("| one sweep of swaps | search | ours | times less | 32 together | same result |")
     print("|---|---|---|---|---|---|")
     for name, (model, top_k) in NETWORKS.items():
@@ -137,6 +154,150 @@ def main():
         compare_training(shape)
     print("\n| one frame | lines | time |\n|---|---|---|")
     time_frames()
+
+
+# ---------------------------------------------------------------- how times grow
+
+SIZES = {  # one of them grows, the others stay at their first value
+    "neurons": [64, 128, 256, 512, 1024, 2048, 4096],
+    "layers": [2, 3, 4, 6, 8, 12, 16],
+    "runs": [1, 2, 4, 8, 16, 32, 64, 128, 256],
+}
+NAMES = {"neurons": "neurons per row", "layers": "layers", "runs": "runs"}
+TOP_K, BATCH, MOST_DRAWN = 30, 100, 512
+
+
+def network(neurons=64, layers=2, runs=1, **kwargs):
+    return EmbeddedMLP((neurons,) * (layers + 1), runs, generator=generator(), **kwargs)
+
+
+def patient_seconds(call, before=lambda: None):
+    """`seconds` with many repeats of what is quick, a few of what is slow."""
+    first = seconds(call, 1, before)
+    if first > 5:
+        return first
+    return min(first, seconds(call, min(30, max(2, int(0.5 / first))), before))
+
+
+def time_sweep(model):
+    """One swap sweep over all rows, every time from the same weights."""
+    start = copy.deepcopy(model.state_dict())
+    return patient_seconds(
+        lambda: swap_neurons(model, TOP_K), before=lambda: model.load_state_dict(start)
+    )
+
+
+def time_step(model):
+    x = torch.rand(BATCH, model.shape[0], generator=generator())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
+    return patient_seconds(
+        lambda: _descend(optimizer, mse_loss(model(x), x) + 1e-3 * connection_cost(model))
+    )
+
+
+def time_frame(model):
+    """One network with all its wires; not a number where they are too many to be seen."""
+    if model.shape[0] > MOST_DRAWN:
+        return math.nan
+    fig = plt.figure(figsize=(6, 5))
+
+    def frame():
+        fig.clear()
+        plot_network(model, ax=fig.add_subplot(), threshold=0)
+        fig.canvas.draw()
+
+    try:
+        return patient_seconds(frame)
+    finally:
+        plt.close(fig)
+
+
+COLORS = {"swap sweep": POSITIVE, "training step": NEGATIVE, "drawn frame": "#303030"}
+TIMED = {"swap sweep": time_sweep, "training step": time_step, "drawn frame": time_frame}
+
+
+def slope(sizes, times):
+    """Exponent of a power law through the upper half of what was measured."""
+    known = np.isfinite(times)
+    x, y = np.log(np.array(sizes)[known]), np.log(np.array(times)[known])
+    half = len(x) // 2
+    return np.polyfit(x[half:], y[half:], 1)[0]
+
+
+def readable(time):
+    if math.isnan(time):
+        return "-"
+    return f"{time:.3g} s" if time >= 1 else f"{time * 1e3:.3g} ms"
+
+
+def measure(what):
+    """Print a table as it grows; returns times by name of what is timed."""
+    print(f"\n| {NAMES[what]} | {' | '.join(TIMED)} |\n|---|{'---|' * len(TIMED)}")
+    rows = []
+    for size in SIZES[what]:
+        rows.append([call(network(**{what: size})) for call in TIMED.values()])
+        print(f"| {size:,} | {' | '.join(map(readable, rows[-1]))} |", flush=True)
+    times = dict(zip(TIMED, zip(*rows, strict=True), strict=True))
+    slopes = [f"{slope(SIZES[what], values):.2f}" for values in times.values()]
+    print(f"| **slope of the upper half** | {' | '.join(slopes)} |")
+    return times
+
+
+def draw_growth(ax, what, times):
+    """One panel: times against size, and a line that grows as the number of weights does."""
+    sizes = np.array(SIZES[what])
+    for (name, values), style in zip(times.items(), ("o-", "s-", "^-"), strict=True):
+        label = f"{name}: slope {slope(sizes, values):.1f}"
+        ax.plot(sizes, values, style, color=COLORS[name], ms=5, lw=1.5, label=label)
+    weights = (sizes / sizes[0]) ** (2.0 if what == "neurons" else 1.0)
+    ax.plot(sizes, 5e-5 * weights, "--", color="grey", lw=1, label="number of weights")
+    ax.set_xscale("log", base=2)
+    ax.set(yscale="log", xlabel=NAMES[what])
+    shown = sizes[:: 1 if what == "layers" else 2]
+    ax.set_xticks(shown, [f"{size:,}" for size in shown])
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter(EngFormatter("s"))
+    ax.grid(color="#e5e5e5", lw=0.6)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(fontsize=8, frameon=False, loc="upper left")
+
+
+def scaling():
+    # first of all: a process starts with the peak of the one that starts it
+    subprocess.run([sys.executable, __file__, "memory"], check=True)
+    print(f"\none run of 64-64-64 where the first column says nothing else; top_k {TOP_K}")
+    fig, axes = plt.subplots(1, 3, figsize=(12, 4), sharey=True, layout="constrained")
+    for ax, what in zip(axes, SIZES, strict=True):
+        draw_growth(ax, what, measure(what))
+    axes[0].set_ylabel("time, one thread")
+    axes[0].set_ylim(top=30 * axes[0].get_ylim()[1])  # room for the legends
+    print(f"\n{save_figure(fig, 'benchmark_scaling')}")
+
+
+def memory():
+    """How much one swap raises the peak of this process, for 4,096 neurons between 4,096."""
+    model = network(4096, frozen=(0, 2))
+    weights = sum(layer.weight.nbytes for layer in model.layers)
+    _ballast = torch.ones(weights, dtype=torch.uint8)  # lifts us above the peak of building
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    took = seconds(lambda: swap_neurons(model, TOP_K), repeats=1)
+    rise = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    rise *= 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
+    print(
+        f"one swap of 4,096 neurons between rows of 4,096: {took:.2f} s, peak memory"
+        f" {rise / weights:.1f} times that of the weights ({weights / 2**20:.0f} MiB)"
+    )
+
+
+def main():
+    parts = {"ratios": ratios, "scaling": scaling, "memory": memory}
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", nargs="?", default="ratios", choices=parts)
+    part = parser.parse_args().part
+    torch.set_num_threads(1)
+    if part != "memory":
+        print(f"one thread, torch {torch.__version__}\n", flush=True)
+    parts[part]()
 
 
 if __name__ == "__main__":
