@@ -686,8 +686,9 @@ def mse_loss(outputs, targets):
 def cross_entropy(outputs, classes):
     """Cross-entropy of every run, (runs,), of outputs (runs, batch, out) for classes (batch,)
     or (runs, batch)."""
-    chosen = classes.to(outputs.device).expand(len(outputs), -1)[..., None]
-    return -outputs.log_softmax(2).gather(2, chosen).mean((1, 2))
+    wanted = classes.to(outputs.device).expand(len(outputs), -1).flatten()
+    each = F.cross_entropy(outputs.flatten(0, 1), wanted, reduction="none")
+    return each.view(len(outputs), -1).mean(1)
 
 
 def accuracy(outputs, classes):
