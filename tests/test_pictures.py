@@ -14,12 +14,16 @@ from bimt_utils import (
     Claims,
     EmbeddedMLP,
     animate,
+    as_png,
     claims_table,
     explore,
     figure_folder,
+    grid,
     mse_loss,
     plot_curves,
     plot_network,
+    plot_network_3d,
+    ring,
     save_figure,
     swap_neurons,
     train,
@@ -155,3 +159,70 @@ def test_claims():
 def test_claims_need_one_verdict_per_run(values, held):
     with pytest.raises(ValueError, match="values and held"):
         Claims(1).add("bad", values, held)
+
+
+# ---------------------------------------------------------------- in space
+
+
+def network_in_space():
+    model = new_model((9, 4, 3), runs=2, places=[grid(3), grid(2), ring(3)], frozen=(0,))
+    swap_neurons(model, 9)
+    return model
+
+
+@pytest.mark.parametrize("strongest", [5, 1000])
+def test_the_strongest_lines_in_space(strongest):
+    model = network_in_space()
+    ax = plot_network_3d(model, 1, threshold=0.05, strongest=strongest)
+    ax.figure.canvas.draw()
+    for layer, lines in zip(model.layers, ax.collections[:2], strict=False):
+        sizes = layer.weight[1].detach().abs().flatten().sort(descending=True).values
+        shown = min(strongest, int((sizes > 0.05).sum()))
+        assert len(lines.get_linewidths()) == shown
+        widths = np.sort(lines.get_linewidths())[::-1]
+        assert np.allclose(widths, 1.5 * (sizes / sizes[0])[:shown], atol=1e-5)
+
+
+def test_places_image_and_labels_in_space():
+    model = network_in_space()
+    image = torch.linspace(0, 1, 9)
+    ax = plot_network_3d(model, 0, image=image, out_labels="abc")
+    dots = ax.collections[2:]
+    assert [len(d.get_offsets()) for d in dots] == [9, 4, 3]
+    assert np.allclose(dots[0].get_array(), 0.15 + image[model.in_perm[0]])
+    assert [text.get_text() for text in ax.texts] == ["abc"[i] for i in model.out_perm[0]]
+
+
+def test_rows_in_a_line_lie_in_the_middle():
+    ax = plot_network_3d(new_model())
+    assert len(ax.collections) == 2 + 3
+
+
+# ---------------------------------------------------------------- where figures go
+
+
+def test_png_for_widgets_leaves_no_figure_open():
+    before = plt.get_fignums()
+    png = as_png(lambda fig: fig.add_subplot(), (2, 1))
+    assert png.startswith(b"\x89PNG")
+    assert plt.get_fignums() == before
+
+
+def test_a_relative_folder_starts_at_the_module(monkeypatch, tmp_path):
+    import bimt_utils
+
+    monkeypatch.setattr(bimt_utils, "__file__", str(tmp_path / "bimt_utils.py"))
+    monkeypatch.setenv("BIMT_FIGURES", "elsewhere/deep")
+    assert figure_folder() == tmp_path / "elsewhere" / "deep"
+    monkeypatch.delenv("BIMT_FIGURES")
+    assert figure_folder() == tmp_path / "figures"
+    assert figure_folder().is_dir()
+
+
+def test_a_read_only_folder_is_named(monkeypatch):
+    import bimt_utils
+
+    folder = figure_folder()
+    monkeypatch.setattr(bimt_utils.os, "access", lambda path, mode: False)
+    with pytest.raises(PermissionError, match=f"{folder} is read-only; set BIMT_FIGURES"):
+        save_figure(plt.figure(), "nothing")

@@ -236,3 +236,39 @@ def test_losses_equal_those_of_torch():
         assert math.isclose(cross_entropy(outputs, classes)[run], wanted, rel_tol=1e-5)
         wanted = (outputs[run].argmax(1) == classes).float().mean()
         assert math.isclose(accuracy(outputs, classes)[run], wanted, rel_tol=1e-6)
+
+
+def test_twice_the_same_to_the_last_bit():
+    def once():
+        model = EmbeddedMLP((4, 9, 2), runs=3, generator=torch.Generator().manual_seed(0))
+        random = torch.Generator().manual_seed(1)
+        x = torch.rand(50, 4, generator=random)
+
+        def loss(model):
+            rows = torch.randint(50, (10,), generator=random)
+            return mse_loss(model(x[rows]), x[rows, :2] ** 2)
+
+        train(model, loss, steps=60, lr=1e-2, lamb=1e-2, swap_every=20)
+        return model.state_dict()
+
+    for one, other in zip(once().values(), once().values(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_objectives_are_what_is_minimised():
+    model = EmbeddedMLP((4, 9, 2), runs=2, generator=torch.Generator().manual_seed(0))
+    x = torch.rand(20, 4, generator=torch.Generator().manual_seed(1))
+    lamb = torch.tensor([0.1, 0.3])
+    history = train(
+        model, lambda m: mse_loss(m(x), x[:, :2]), steps=40, lr=1e-2, lamb=[(0, 0.0), (0.5, lamb)]
+    )
+    late = (torch.tensor(history.steps) >= 20)[:, None]
+    expected = history.losses + torch.where(late, lamb, 0) * history.costs
+    assert torch.allclose(history.objectives, expected)
+
+
+@pytest.mark.parametrize("lamb", [[1e-3, 1e-2], [(0, 1e-3, 5)], [0.1]])
+def test_phases_that_are_no_pairs(lamb):
+    model = EmbeddedMLP((4, 9, 2), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="lamb is"):
+        train(model, lambda m: m(torch.rand(3, 4)).mean((1, 2)), steps=2, lr=1e-2, lamb=lamb)
