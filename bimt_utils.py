@@ -1071,13 +1071,15 @@ def plot_network(
     out_labels=None,
     row_names=True,
     threshold=None,
+    strongest=None,
     width=2.0,
     dot=12,
     fontsize=10,
 ):
     """Draw one network, inputs below: dots at the places, a line for every weight of size above
     `threshold` (default a hundredth of its layer's largest), blue if positive, red if negative,
-    as wide as |w| / max |w| of its layer times `width` points. Folds (two tokens; query, key and
+    as wide as |w| / max |w| of its layer times `width` points. `strongest` limits their number per
+    layer, for speed. Folds (two tokens; query, key and
     value from below) make rows of dots of their own, each with its own weights. Stages of a stream
     are joined by thin grey lines. `in_labels` and `out_labels`, in task order, follow the neurons.
     Returns the axes."""
@@ -1088,7 +1090,7 @@ def plot_network(
     for layer, source, target in wires_between(model):
         lower = _fold_positions(source, height, range(layer.in_folds))
         upper = _fold_positions(target, height, range(layer.out_folds)[::-1])
-        ax.add_collection(_wire_lines(layer.weight[run], lower, upper, threshold, width))
+        ax.add_collection(_wire_lines(layer.weight[run], lower, upper, threshold, width, strongest))
         dots += [lower, upper]
     for group in (group for group in groups if group.stages):
         ends = [height[group.stages[i]] for i in (0, -1)]

@@ -161,6 +161,14 @@ def test_claims_need_one_verdict_per_run(values, held):
         Claims(1).add("bad", values, held)
 
 
+def test_only_the_strongest_lines():
+    model = new_model()
+    ax = plot_network(model, strongest=3, width=1.0)
+    for layer, lines in zip(model.layers, ax.collections[:2], strict=True):
+        sizes = layer.weight[0].detach().abs().flatten().sort().values[-3:]
+        assert np.allclose(np.sort(lines.get_linewidths()), sizes / sizes[-1], atol=1e-6)
+
+
 # ---------------------------------------------------------------- in space
 
 
