@@ -118,10 +118,6 @@ class EmbeddedLinear(nn.Module):
         """(runs, batch, in) -> (runs, batch, out)."""
         return torch.baddbmm(self.bias[:, None], x, self.weight.transpose(1, 2))
 
-    def extra_repr(self):
-        runs, n_out, n_in = self.weight.shape
-        return f"{n_in} -> {n_out}, runs={runs}"
-
 
 # ---------------------------------------------------------------- models
 
@@ -177,6 +173,14 @@ class EmbeddedModel(nn.Module):
     def groups(self):
         """The rows of neurons, a list of `NeuronGroup` from input to output."""
         raise NotImplementedError
+
+    def rows(self, x):
+        """The values of every row after the input, a list; the outputs come last."""
+        raise NotImplementedError
+
+    def forward(self, x):
+        """Outputs in task order, the last of `rows`, with the same arguments and errors."""
+        return self.rows(x)[-1]
 
     @property
     def runs(self):
@@ -287,15 +291,11 @@ class EmbeddedMLP(EmbeddedModel):
         self.register_buffer("out_perm", torch.arange(counts[-1]).repeat(runs, 1))
         self.activation = activation
 
-    def forward(self, x):
-        """(batch, in) or (runs, batch, in) floats, or (batch, in_folds) integer tokens
-        -> (runs, batch, out). Raises ValueError for another width or an unknown token."""
-        return self.rows(x)[-1]
-
     def rows(self, x):
-        """What `forward` computes on its way: a list of the values (runs, batch, n) of every row
-        after the input, hidden rows after their activation, neuron by slot, outputs in task order.
-        """
+        """(batch, in) or (runs, batch, in) floats, or (batch, in_folds) integer tokens -> a list
+        of the values (runs, batch, n) of every row after the input: hidden rows after their
+        activation, neuron by slot, then the outputs (runs, batch, out) in task order.
+        Raises ValueError for another width or an unknown token."""
         rows, last = [self._check_input(x)], len(self.layers) - 1
         for i in range(len(self.layers)):
             if i == 0 and self.embedding is not None:
@@ -346,9 +346,10 @@ class EmbeddedMLP(EmbeddedModel):
 
 
 class EmbeddedTransformer(EmbeddedModel):
-    """`runs` causal transformers whose neurons have places, without LayerNorm (paper, section 3.4).
+    """`runs` causal transformers whose neurons have places (paper, section 3.4). Like the authors'
+    code: MLP rows 4 times as wide as the stream, tanh-GELU, no LayerNorm.
 
-    Every block adds attention, then an MLP of 4 * width tanh-GELU neurons, to the residual stream.
+    Every block adds attention, then an MLP, to the residual stream.
     Queries, keys and values are three folds of one row of `width` neurons, in `heads` blocks.
     Token positions are known through the causal mask alone.
 
@@ -376,15 +377,11 @@ class EmbeddedTransformer(EmbeddedModel):
         self.register_buffer("in_perm", torch.arange(in_dim).repeat(runs, 1))
         self.register_buffer("out_perm", torch.arange(out_dim).repeat(runs, 1))
 
-    def forward(self, x):
-        """(batch, tokens, in) or (runs, batch, tokens, in) -> (runs, batch, tokens, out).
-        Raises ValueError for another shape."""
-        return self.rows(x)[-1]
-
     def rows(self, x):
-        """What `forward` computes on its way: a list of the values (runs, batch, tokens, n) of
-        every row after the input: the stream (Embed), then attention, stream, MLP and stream of
-        every block, then the output. An attention row is what its heads have collected."""
+        """(batch, tokens, in) or (runs, batch, tokens, in) -> a list of the values (runs, batch,
+        tokens, n) of every row after the input: the stream (Embed), then attention, stream, MLP
+        and stream of every block, then the outputs. An attention row is what its heads have
+        collected. Raises ValueError for another shape."""
         x = self._per_run_input(x, "batch, tokens")
         batch, tokens = x.shape[1:3]
         stream = self._apply_layer(0, x.flatten(1, 2))
@@ -731,22 +728,20 @@ class History:
 
     @torch.no_grad()
     def log(self, step, model, loss, cost, lamb, metrics):
-        """Add one line."""
+        """Add one line; all of it or, after an interrupt, nothing."""
+        measured = {name: metric(model).cpu() for name, metric in metrics.items()}
         self.steps.append(step)
         self.losses.append(loss.detach().cpu())
         self.costs.append(cost.detach().cpu())
         self.objectives.append((loss + lamb * cost).detach().cpu())
-        for name, metric in metrics.items():
-            self.metrics.setdefault(name, []).append(metric(model).cpu())
+        for name, values in measured.items():
+            self.metrics.setdefault(name, []).append(values)
 
     def close(self):
         """Turn the lists into tensors (logs, runs)."""
-        lines = (self.steps, self.losses, self.costs, self.objectives, *self.metrics.values())
-        width = min(map(len, lines))
-        del self.steps[width:]
         for name in ("losses", "costs", "objectives"):
-            setattr(self, name, _stacked(getattr(self, name)[:width]))
-        self.metrics = {name: _stacked(values[:width]) for name, values in self.metrics.items()}
+            setattr(self, name, _stacked(getattr(self, name)))
+        self.metrics = {name: _stacked(values) for name, values in self.metrics.items()}
 
 
 def _stacked(values):
@@ -775,7 +770,9 @@ def train(
 ):
     """Minimise loss + lamb * cost by AdamW (no weight decay), with swaps; returns a `History`.
 
-    loss_fn:        loss_fn(model) -> (runs,)
+    model:          any `EmbeddedModel`; it is trained in place
+    loss_fn:        loss_fn(model) -> (runs,), called once per step and once at the end
+    steps, lr:      number of steps, learning rate
     lamb:           a value, or a list of phases (fraction of training, value), in order, the first
                     at fraction 0; a value is a float or a tensor (runs,)
     cost:           cost(model) -> (runs,), or a list of phases (fraction, callable)
@@ -785,8 +782,9 @@ def train(
     swap:           swap(model, optimizer), called in place of all that
     metrics:        name -> metric(model) -> (runs,), evaluated without gradients
     log_every:      steps between lines of the history, default a hundredth of the training
-    snapshot_every: steps between snapshots, default only the first and the last;
+    snapshot_every: steps between snapshots (on the CPU), default only the first and the last;
                     `snapshot_runs` lists the runs that they keep, default all
+    label:          what the progress bar says
 
     Ctrl-C returns what there is. Raises FloatingPointError, naming run and step, for a loss that
     is not finite; ValueError for phases out of order and for tensors of another shape.
@@ -917,8 +915,9 @@ def pruned(model, threshold):
 
 @torch.no_grad()
 def prune_threshold(model, loss_fn, tolerance=0.05, candidates=None):
-    """The largest threshold, (runs,), up to which pruning raises no run's loss by more than the
-    share `tolerance`. `candidates` are the thresholds tried, rising, default 1e-4 to 1 in 81."""
+    """For every run the largest threshold, (runs,), up to which pruning raises its loss,
+    loss_fn(model) -> (runs,), by no more than the share `tolerance`. `candidates` are the
+    thresholds tried, rising, default 81 from 1e-4 to 1."""
     candidates = np.geomspace(1e-4, 1, 81) if candidates is None else candidates
     allowed = loss_fn(model) * (1 + tolerance)
     best = torch.zeros_like(allowed)
@@ -993,7 +992,8 @@ def _reached(graph, starts):
 
 
 def live_neurons(model, run=0, threshold=0.0):
-    """Slots of the neurons on an input-to-output path of the pruned network: row name -> list."""
+    """Slots of the neurons on an input-to-output path of the pruned network: row name -> list. A
+    neuron that only hands on its bias is not live."""
     live = sorted(wiring_graph(model, run, threshold))
     return {row: [slot for name, slot in live if name == row] for row in rows_of(model)}
 
@@ -1038,7 +1038,7 @@ def mean_wire(model):
 
 def newman_modularity(model, run=0, threshold=0.0, seed=0):
     """Newman's Q of the best communities that Louvain's method finds in all that pruning leaves,
-    with |w| as weights; 0 for a network without wires."""
+    with |w| as weights: a float, 0 for a network without wires."""
     graph = wiring_graph(model, run, threshold, live=False).to_undirected()
     if graph.number_of_edges() == 0:
         return 0.0
@@ -1048,7 +1048,7 @@ def newman_modularity(model, run=0, threshold=0.0, seed=0):
 @torch.no_grad()
 def shuffled(model, generator=None):
     """A null model: a copy of `model` with the weights of each layer in random order, other for
-    every run. `generator` lives on the CPU."""
+    every run; biases, embedding and permutations stay. `generator` lives on the CPU."""
     twin = model.pick(list(range(model.runs)))
     for layer in twin.layers:
         weight = layer.weight.flatten(1)
@@ -1078,11 +1078,10 @@ def plot_network(
 ):
     """Draw one network, inputs below: dots at the places, a line for every weight of size above
     `threshold` (default a hundredth of its layer's largest), blue if positive, red if negative,
-    as wide as |w| / max |w| of its layer times `width` points. `strongest` limits their number per
-    layer, for speed. Folds (two tokens; query, key and
-    value from below) make rows of dots of their own, each with its own weights. Stages of a stream
-    are joined by thin grey lines. `in_labels` and `out_labels`, in task order, follow the neurons.
-    Returns the axes."""
+    as wide as |w| / max |w| of its layer times `width` points, and at most the `strongest` of each
+    layer. Folds (two tokens; query, key and value from below) make rows of dots of their own, each
+    with its own weights. Stages of a stream are joined by thin grey lines. `in_labels` and
+    `out_labels`, in task order, follow the neurons. Returns the axes."""
     ax = plt.subplots(figsize=(5, 4))[1] if ax is None else ax
     threshold = _of_run("threshold", threshold, model, run)
     groups, height = model.groups(), {name: y for y, name in enumerate(rows_of(model))}
@@ -1131,7 +1130,8 @@ def plot_network_3d(
         ends = points[source.name], points[target.name]
         lines = _wire_lines(layer.weight[run], *ends, threshold, width, strongest)
         lines.set(alpha=0.6, zorder=2)
-        ax.add_collection3d(lines)
+        if len(lines.get_linewidths()):  # matplotlib cannot draw none in space
+            ax.add_collection3d(lines)
     for name, places in points.items():
         plane = {"s": dot, "lw": 0, "depthshade": False, "zorder": 3}
         if name == "input" and image is not None:
@@ -1140,8 +1140,8 @@ def plot_network_3d(
         else:
             plane |= {"c": "black"}
         ax.scatter(*places.T, **plane)
-    for (x, y, z), item in zip(points["output"], model.out_perm[run].tolist(), strict=True):
-        if out_labels is not None:
+    if out_labels is not None:
+        for (x, y, z), item in zip(points["output"], model.out_perm[run].tolist(), strict=True):
             ax.text(x, y, z + 0.12, out_labels[item], fontsize=fontsize, ha="center")
     ax.set(xlim=(0, 1), ylim=(1, 0), zlim=(0, len(rows) - 1))
     ax.set_box_aspect((1, 1, 1.25), zoom=1.15)
@@ -1187,7 +1187,8 @@ def _write_labels(ax, group, run, labels, y, va, fontsize):
 
 def plot_curves(history, values, ax=None, *, ylabel="", label=None, color=None, log=True):
     """Median over runs of `values` (logs, runs) with the range as a band, the phases of lamb as
-    dotted lines. Returns the axes."""
+    dotted lines; `label` and `color` of the line, `log` for a logarithmic axis. Returns the axes.
+    """
     ax = plt.subplots(figsize=(5, 3))[1] if ax is None else ax
     values = torch.as_tensor(values)
     (drawn,) = ax.plot(history.steps, values.quantile(0.5, 1), label=label, color=color)
@@ -1231,7 +1232,8 @@ def as_png(draw, figsize=(6, 4)):
 
 
 def explore(history, draw, *, figsize=(6, 4)):
-    """A slider with a play button over the snapshots, each drawn by draw(fig, model, step)."""
+    """A slider with a play button over the snapshots, each drawn by draw(fig, model, step).
+    Returns a widget, whose first child holds the button and the slider."""
     import ipywidgets as widgets  # only notebooks need it
 
     steps = sorted(history.snapshots)
@@ -1283,11 +1285,12 @@ def load_mnist(folder=None):
     missing = [n for _, *names in IDX_FILES.values() for n in names if not _idx_path(folder, n)]
     if missing:
         try:
-            _fetch_mnist(folder)
+            fetched = _fetch_mnist()
         except (OSError, HTTPException) as error:
             print(f"NOTICE: no {missing[0]} in {folder.name}/ and no download ({error});")
             print("instead of MNIST, these are the 8x8 digits that come with scikit-learn")
             return _small_digits()
+        _keep_mnist(folder, *fetched)
     parts = {}
     for part, (count, images, labels) in IDX_FILES.items():
         pixels = _read_idx(_idx_path(folder, images), (count, 28, 28))
@@ -1325,8 +1328,8 @@ def _idx_header(shape):
     return bytes([0, 0, 8, len(shape)]) + b"".join(n.to_bytes(4, "big") for n in shape)
 
 
-def _fetch_mnist(folder):
-    """Download MNIST and keep it as IDX files. A file appears under its name only when whole."""
+def _fetch_mnist():
+    """Pixels (70000, 784) and labels (70000,) from OpenML, as bytes, training digits first."""
     query = {"version": 1, "as_frame": False, "parser": "liac-arff", "n_retries": 1}
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # seconds without an answer
@@ -1337,10 +1340,16 @@ def _fetch_mnist(folder):
     finally:
         socket.setdefaulttimeout(patience)
     data, labels = np.asarray(found.data, np.uint8), np.asarray(found.target, np.uint8)
-    n_train, total = IDX_FILES["train"][0], sum(count for count, *_ in IDX_FILES.values())
+    total = sum(count for count, *_ in IDX_FILES.values())
     if data.shape != (total, 784):
         raise ValueError(f"mnist_784 has shape {data.shape}; allowed is ({total}, 784)")
+    return data, labels
+
+
+def _keep_mnist(folder, data, labels):
+    """Write the four IDX files. A file appears under its name only when it is whole."""
     folder.mkdir(parents=True, exist_ok=True)
+    n_train = IDX_FILES["train"][0]
     for part, rows in {"train": slice(n_train), "test": slice(n_train, None)}.items():
         count, images, classes = IDX_FILES[part]
         files = [(images, data[rows], (count, 28, 28)), (classes, labels[rows], (count,))]
@@ -1498,6 +1507,6 @@ def _check_mask(name, mask, model):
 
 def _check_finite(model):
     for name, p in model.named_parameters():
-        if not p.sum().isfinite() and not p.isfinite().all():
+        if not p.isfinite().all():
             run = (~p.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
             raise ValueError(f"{name} is not finite in run {run}; allowed are finite weights")

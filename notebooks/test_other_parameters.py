@@ -9,7 +9,7 @@ import pytest
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parent
-OVERRIDES = "SEED, RUNS, STEPS, DEVICE, FRAMES = 7, 1, 40, 'cpu', 2"
+OVERRIDES = "SEED, RUNS, STEPS, DEVICE, FRAMES = 7, 1, 30, 'cpu', 2"
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.stem)

@@ -201,6 +201,15 @@ def test_places_image_and_labels_in_space():
     assert [text.get_text() for text in ax.texts] == ["abc"[i] for i in model.out_perm[0]]
 
 
+def test_a_network_without_wires_can_be_drawn():
+    model = network_in_space()
+    with torch.no_grad():
+        model.layers[0].weight.zero_()
+    ax = plot_network_3d(model)
+    ax.figure.canvas.draw()
+    assert len(ax.collections) == 1 + 3
+
+
 def test_rows_in_a_line_lie_in_the_middle():
     ax = plot_network_3d(new_model())
     assert len(ax.collections) == 2 + 3
