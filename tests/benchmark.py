@@ -144,7 +144,7 @@ def time_frames():
 
 
 def ratios():
-    print("| one sweep of swaps | search | ours | times less | 32 together | same result |")
+    print("| one sweep of swaps | search | ours | times less | with 32 together | same result |")
     print("|---|---|---|---|---|---|")
     for name, (model, top_k) in NETWORKS.items():
         compare_swaps(name, model, top_k)
