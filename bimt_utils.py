@@ -421,8 +421,10 @@ class EmbeddedTransformer(EmbeddedModel):
 
 def _task_order(tensor, axis, perm, folds=1):
     """`tensor` with what sits in slot s put at index perm[s] of `axis`."""
-    if torch.equal(perm, torch.arange(perm.shape[1], device=perm.device).expand_as(perm)):
-        return tensor
+    if tensor.numel() > 100_000:  # where copying is dear, look whether there is anything to do
+        straight = torch.arange(perm.shape[1], device=perm.device)
+        if torch.equal(perm, straight.expand_as(perm)):
+            return tensor
     index = _unfold(perm, folds)
     index = index[:, :, None] if axis == 1 and tensor.ndim == 3 else index
     index = index[:, None] if axis == 2 else index
@@ -462,8 +464,8 @@ def connection_cost(model, A=1.0, y0=0.1, *, A_last=None, biases=True, reduce="s
     """
     A, y0 = _per_run("A", A, model), _per_run("y0", y0, model)
     A_last = A if A_last is None else _per_run("A_last", A_last, model)
-    for name, price in {"A": A, "A_last": A_last, "y0": y0}.items():
-        if (price < 0) if isinstance(price, float) else (price < 0).any():
+    for name, price in (("A", A), ("A_last", A_last), ("y0", y0)):
+        if price < 0 if isinstance(price, float) else (price < 0).any():
             raise ValueError(f"{name} is {price}; allowed are prices from 0")
     total = 0.0
     for layer in model.layers:
@@ -562,7 +564,7 @@ def _wires(group, reduce):
     n = len(group.places)
     layers = [m for m in group.writers if isinstance(m, EmbeddedLinear)]
     for layer, written in [(m, True) for m in layers] + [(m, False) for m in group.readers]:
-        size, price = layer.weight.abs().double(), layer.distance.double()
+        size, price = layer.weight.to(torch.float64, copy=True).abs_(), layer.distance.double()
         if reduce == "mean":
             price = price / price.numel()
         if not written:
@@ -587,7 +589,7 @@ def _greedy_order(wires, heads, top_k):
     rank, top = ranked.argsort(1), ranked[:, :top_k]
     index = torch.arange(n_runs, device=top.device)[:, None], top
     rows = sum(w[index] @ p.T for w, p in wires)  # (runs, top_k, n)
-    columns = sum(w @ p[top].transpose(1, 2) for w, p in wires)  # (runs, n, top_k)
+    columns = sum(p[top] @ w.transpose(1, 2) for w, p in wires)  # (runs, top_k, n)
     cost = sum((w * p).sum(2) for w, p in wires)  # (runs, n): of each slot's neuron as it is
     rank, top, rows, columns, cost = (t.cpu().numpy() for t in (rank, top, rows, columns, cost))
     head = np.arange(n) * heads // n
@@ -596,7 +598,7 @@ def _greedy_order(wires, heads, top_k):
     for turn, slot in enumerate(top.T):  # few and tiny steps: quicker on the CPU, without autograd
         mover = order[run, slot]
         there = rows[run, rank[run, mover]]
-        back = columns[run[:, None], order, turn]
+        back = columns[run[:, None], turn, order]
         change = there + back - cost - cost[run, slot][:, None]
         change[head != head[slot][:, None]] = np.inf
         change[run, slot] = 0  # staying is one of the choices
