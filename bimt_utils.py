@@ -1062,6 +1062,7 @@ def shuffled(model, generator=None):
 # ---------------------------------------------------------------- pictures
 
 POSITIVE, NEGATIVE = "#2040e0", "#e03020"
+PNG_DPI = 80  # of pictures in widgets
 
 
 def plot_network(
@@ -1177,7 +1178,7 @@ def _wire_lines(weight, lower, upper, threshold, width, strongest=None):
         np.stack([lower[i], upper[j]], 1),
         linewidths=width * size[j, i] / largest,
         colors=np.where((weight[j, i] > 0)[:, None], to_rgba(POSITIVE), to_rgba(NEGATIVE)),
-        capstyle="round",
+        capstyle="butt",  # round ends take half as long again to draw
     )
 
 
@@ -1228,7 +1229,7 @@ def as_png(draw, figsize=(6, 4)):
     """The bytes of a PNG of what draw(fig) draws, for widgets that show pictures."""
     fig, png = plt.figure(figsize=figsize), io.BytesIO()
     draw(fig)
-    fig.savefig(png, dpi=80)
+    fig.savefig(png, dpi=PNG_DPI)
     plt.close(fig)
     return png.getvalue()
 
@@ -1241,7 +1242,7 @@ def explore(history, draw, *, figsize=(6, 4)):
     steps = sorted(history.snapshots)
     play = widgets.Play(max=len(steps) - 1, interval=300, description="play")
     slider = widgets.SelectionSlider(options=steps, value=steps[-1], description="step")
-    picture = widgets.Image(format="png")
+    picture = widgets.Image(format="png", layout={"width": f"{PNG_DPI * figsize[0]:.0f}px"})
 
     def show(_=None):
         picture.value = as_png(
