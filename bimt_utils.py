@@ -1178,7 +1178,7 @@ def _wire_lines(weight, lower, upper, threshold, width, strongest=None):
         np.stack([lower[i], upper[j]], 1),
         linewidths=width * size[j, i] / largest,
         colors=np.where((weight[j, i] > 0)[:, None], to_rgba(POSITIVE), to_rgba(NEGATIVE)),
-        capstyle="butt",  # round ends take half as long again to draw
+        capstyle="butt",
     )
 
 
