@@ -13,12 +13,15 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 OVERRIDES = "SEED, RUNS, STEPS, DEVICE, FRAMES = 7, 1, 30, 'cpu', 2"
 INTERRUPT = """
 import itertools, torch
-usual_step, count = torch.optim.AdamW.step, itertools.count()
-def step(*args, **kwargs):
-    if next(count) == 17:
-        raise KeyboardInterrupt
-    return usual_step(*args, **kwargs)
-torch.optim.AdamW.step = step
+
+def interrupted_once(usual_step, count):  # names of its own: notebooks have a `count`, too
+    def step(*args, **kwargs):
+        if next(count) == 17:
+            raise KeyboardInterrupt
+        return usual_step(*args, **kwargs)
+    return step
+
+torch.optim.AdamW.step = interrupted_once(torch.optim.AdamW.step, itertools.count())
 """
 
 
