@@ -944,7 +944,8 @@ def wires_between(model):
     for layer in model.layers:
         source = next(g for g in groups if any(layer is m for m in g.readers))
         target = next(g for g in groups if any(layer is m for m in g.writers))
-        read, _ = row(source), stage.update([target])
+        read = row(source)
+        stage[target] += 1
         wires.append((layer, read, row(target)))
     return wires
 
@@ -1127,7 +1128,7 @@ def plot_network_3d(
     ax = plt.figure(figsize=(6, 7)).add_subplot(projection="3d") if ax is None else ax
     threshold = _of_run("threshold", threshold, model, run)
     ax.computed_zorder = False  # lines over the input plane, dots over lines
-    rows = rows_of(model)
+    groups, rows = model.groups(), rows_of(model)
     points = {name: _space_positions(group, z) for z, (name, group) in enumerate(rows.items())}
     for layer, source, target in wires_between(model):
         ends = points[source.name], points[target.name]
@@ -1137,14 +1138,15 @@ def plot_network_3d(
             ax.add_collection3d(lines)
     for name, places in points.items():
         plane = {"s": dot, "lw": 0, "depthshade": False, "zorder": 3}
-        if name == "input" and image is not None:
-            shade = 0.15 + torch.as_tensor(image).cpu()[model.in_perm[run].cpu()]
+        if name == groups[0].name and image is not None:
+            shade = 0.15 + torch.as_tensor(image).cpu()[groups[0].label[run].cpu()]
             plane |= {"c": shade, "cmap": "Greys", "marker": "s", "vmin": 0, "vmax": 1, "zorder": 1}
         else:
             plane |= {"c": "black"}
         ax.scatter(*places.T, **plane)
     if out_labels is not None:
-        for (x, y, z), item in zip(points["output"], model.out_perm[run].tolist(), strict=True):
+        slots = zip(points[groups[-1].name], groups[-1].label[run].tolist(), strict=True)
+        for (x, y, z), item in slots:
             ax.text(x, y, z + 0.12, out_labels[item], fontsize=fontsize, ha="center")
     ax.set(xlim=(0, 1), ylim=(1, 0), zlim=(0, len(rows) - 1))
     ax.set_box_aspect((1, 1, 1.25), zoom=1.15)

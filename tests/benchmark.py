@@ -20,7 +20,7 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.ticker import EngFormatter, NullLocator
-from reference import greedy_by_search
+from reference import generator, greedy_by_search
 from torch import nn
 
 from bimt_utils import (
@@ -49,10 +49,6 @@ def seconds(call, repeats=5, before=lambda: None):
         call()
         times.append(time.perf_counter() - began)
     return min(times)
-
-
-def generator():
-    return torch.Generator().manual_seed(0)
 
 
 NETWORKS = {

@@ -7,6 +7,20 @@ import torch
 from bimt_utils import EmbeddedLinear
 
 
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def weight_axes(model):
+    """Every (id of a tensor, axis) along which neurons lie: each belongs to one row."""
+    axes = [(id(m.weight), axis) for m in model.layers for axis in (1, 2)]
+    axes += [(id(m.bias), 1) for m in model.layers]
+    axes += [(id(model.in_perm), 1), (id(model.out_perm), 1)]
+    if model.embedding is not None:
+        axes.append((id(model.embedding), 2))
+    return axes
+
+
 def cost_by_loops(model, run, A, y0, A_last=None, biases=True, reduce="sum"):
     """The wiring cost of one run, one weight at a time."""
     layers, total = model.layers, 0.0
