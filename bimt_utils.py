@@ -2,73 +2,71 @@
 
 Liu, Gan and Tegmark, "Seeing is Believing: Brain-Inspired Modular Training for Mechanistic
 Interpretability", arXiv 2305.08746 (2023). "The paper" below is this one; "ours" marks what it
-does not contain. The three ingredients:
+does not contain. BIMT has three ingredients:
 
 1. Neurons have places. Each row of neurons (input, hidden, output) lies in the unit interval or
-   the unit square, so that every weight is a wire with a length.
-2. Wires cost. Training minimises prediction loss + lamb * wiring cost, and every weight w pays
+   the unit square, so every weight is a wire with a length.
+2. Wires cost. Training minimises prediction loss + lamb * connection cost, and every weight w pays
    |w| * (A * distance + y0): an L1 penalty that grows with the length of the wire.
 3. Neurons swap. Every `swap_every` steps, neurons of one row trade places where that shortens the
-   wiring. The function of the network does not change; descent alone could never do this.
+   wiring. The function of the network does not change; gradient descent alone cannot do this.
 
 Every model holds `runs` independent networks in one tensor (seeds, ablations, or both), because
-networks this small cost more in calls than in arithmetic.
+for networks this small the calls cost more than the arithmetic. Bad arguments raise ValueError.
 
-Glossary, paper -> here: lambda -> `lamb`; A -> `A`; y0, the distance between neighbouring rows
--> `y0`; d_ij -> `EmbeddedLinear.distance`; number of neurons tried per swap, k -> `top_k`; steps
+Glossary, paper -> here: lambda -> `lamb`; A -> `A`; y0, the distance between neighbouring rows ->
+`y0`; d_ij -> `EmbeddedLinear.distance`; number of neurons tried per swap, k -> `top_k`; steps
 between swaps, S -> `swap_every`; connection cost -> `connection_cost`.
 """
 
-import contextlib
 import copy
-import gzip
 import io
-import itertools
-import json
 import math
 import os
-import socket
-import tempfile
 import time
-import warnings
-import zlib
-from collections import Counter
-from dataclasses import dataclass, field, replace
-from http.client import HTTPException
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import imageio_ffmpeg
+import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import networkx as nx
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from IPython import get_ipython
-from IPython.display import display
+from IPython.display import Pretty, display
 from matplotlib.animation import FFMpegWriter, PillowWriter
 from matplotlib.collections import LineCollection
-from matplotlib.colors import to_rgba
-from mpl_toolkits.mplot3d.art3d import Line3DCollection
 from scipy.optimize import linear_sum_assignment
-from sklearn.datasets import fetch_openml, load_digits
-from sklearn.model_selection import train_test_split
+from scipy.stats import binomtest
 from torch import nn
-from tqdm import tqdm
+
+
+def _require(condition, expected, got):
+    if not condition:
+        raise ValueError(f"expected {expected}, got {got}")
+
+
+def _require_counts(least, **counts):
+    for name, value in counts.items():
+        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        _require(whole and value >= least, f"{name} to be a whole number from {least}", repr(value))
+
 
 # ---------------------------------------------------------------- places (paper, section 2)
 
 
 def line(n):
     """Places of `n` neurons in a row, (n, 1): neuron i sits at (i + 1/2) / n."""
-    _check_count("n", n)
+    _require_counts(1, n=n)
     return ((torch.arange(n) + 0.5) / n)[:, None]
 
 
 def grid(height, width=None):
     """Places of `height` x `width` neurons in the unit square, (n, 2), row-major, x fastest."""
-    width = height if width is None else width
-    y, x = torch.meshgrid(line(height)[:, 0], line(width)[:, 0], indexing="ij")
+    y, x = torch.meshgrid(line(height)[:, 0], line(width or height)[:, 0], indexing="ij")
     return torch.stack([x.flatten(), y.flatten()], 1)
 
 
@@ -78,40 +76,30 @@ def ring(n, radius=0.25):
     return 0.5 + radius * torch.stack([angle.cos(), angle.sin()], 1)
 
 
-# ---------------------------------------------------------------- layer
+# ---------------------------------------------------------------- models (paper, section 2)
 
 
 class EmbeddedLinear(nn.Module):
-    """`runs` linear layers between two rows of neurons that have places.
+    """`runs` linear layers between rows of neurons at `in_places` (n, d) and `out_places` (m, d).
 
-    `in_places` (n, d) and `out_places` (m, d) say where the neurons sit. With `in_folds=2` two
-    blocks of inputs (two tokens, say) share the same n places: feature f * n + i sits at place i.
-
-    Attributes: `weight` (runs, out, in) and `bias` (runs, out), drawn from `generator` like those
-    of `nn.Linear`; buffer `distance` (out, in), the Manhattan length of every wire.
-
-    Raises ValueError for `runs` or folds below 1 and for places of unlike dimension.
+    With `in_folds=2`, two blocks of inputs (two tokens, say) share the same n places: feature
+    f * n + i sits at place i. `weight` (runs, out, in) and `bias` (runs, out) are drawn from
+    `generator` as in `nn.Linear`; `distance` (out, in) is the Manhattan length of every wire.
     """
 
     def __init__(self, in_places, out_places, *, in_folds=1, out_folds=1, runs=1, generator=None):
         super().__init__()
-        for name, count in {"runs": runs, "in_folds": in_folds, "out_folds": out_folds}.items():
-            _check_count(name, count)
-        in_places, out_places = (
-            torch.as_tensor(places, dtype=torch.get_default_dtype())
-            for places in (in_places, out_places)
-        )
-        _check_places("in_places", in_places)
-        _check_places("out_places", out_places, dims=in_places.shape[1])
+        _require_counts(1, in_folds=in_folds, out_folds=out_folds, runs=runs)
+        a, b = (torch.as_tensor(p).to(torch.get_default_dtype()) for p in (in_places, out_places))
+        fits = a.ndim == b.ndim == 2 and a.shape[1:] == b.shape[1:] and a.numel() * b.numel()
+        _require(fits, "places (n, d) and (m, d)", (a.shape, b.shape))
         self.in_folds, self.out_folds = in_folds, out_folds
-        self.register_buffer("in_places", in_places.clone(), persistent=False)
-        self.register_buffer("out_places", out_places.clone(), persistent=False)
-        distance = (out_places[:, None] - in_places[None]).abs().sum(-1)
-        self.register_buffer("distance", distance.repeat(out_folds, in_folds), persistent=False)
-        n_out, n_in = self.distance.shape
-        bound = 1 / math.sqrt(n_in)
-        weight = torch.empty(runs, n_out, n_in).uniform_(-bound, bound, generator=generator)
-        bias = torch.empty(runs, n_out).uniform_(-bound, bound, generator=generator)
+        distance = (b[:, None] - a).abs().sum(-1).repeat(out_folds, in_folds)
+        for name, buffer in {"in_places": a, "out_places": b, "distance": distance}.items():
+            self.register_buffer(name, buffer.clone(), persistent=False)
+        bound = 1 / math.sqrt(distance.shape[1])
+        weight = torch.empty(runs, *distance.shape).uniform_(-bound, bound, generator=generator)
+        bias = torch.empty(runs, len(distance)).uniform_(-bound, bound, generator=generator)
         self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
 
     def forward(self, x):
@@ -119,555 +107,312 @@ class EmbeddedLinear(nn.Module):
         return torch.baddbmm(self.bias[:, None], x, self.weight.transpose(1, 2))
 
 
-# ---------------------------------------------------------------- models
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class NeuronGroup:
-    """One row of neurons that can trade places: all that cost, swaps and pictures need to know.
+    """Neurons that trade places with each other. They are outputs of the layers `writers` (also
+    of an embedding (runs, tokens, dim)) and inputs of the layers `readers`; the permutation buffer
+    `label` (runs, n) rides along. Swaps leave a group alone that is not `movable`."""
 
-    name:    what pictures call the row
-    writers: layers whose outputs these neurons are (for token models, also the embedding)
-    readers: layers whose inputs these neurons are
-    label:   permutation buffer (runs, n) that rides along with the neurons, or None
-    heads:   neurons only trade within their block of n / heads neurons; whole blocks trade, too
-    movable: whether swaps may touch the row
-    stages:  names of a stream after each of its writers, which pictures show one by one
-    """
-
-    name: str
-    writers: tuple = ()
-    readers: tuple = ()
+    writers: list = field(default_factory=list)
+    readers: list = field(default_factory=list)
     label: torch.Tensor | None = None
-    heads: int = 1
     movable: bool = True
-    stages: tuple = ()
 
     @property
     def places(self):
-        """Where the slots of this row are, (n, d)."""
-        if self.readers:
-            return self.readers[0].in_places
-        return self.writers[-1].out_places
+        """Where the slots are, (n, d)."""
+        return self.readers[0].in_places if self.readers else self.writers[-1].out_places
+
+    def layers(self):
+        """Every (layer, axis of its weight, folds) along which the neurons lie."""
+        written = [m for m in self.writers if isinstance(m, EmbeddedLinear)]
+        return [(m, 1, m.out_folds) for m in written] + [(m, 2, m.in_folds) for m in self.readers]
 
     def axes(self):
-        """Every (tensor, axis, folds) that has to be permuted when these neurons move."""
-        for layer in self.writers:
-            if isinstance(layer, EmbeddedLinear):
-                yield from ((layer.weight, 1, layer.out_folds), (layer.bias, 1, layer.out_folds))
-            else:
-                yield layer, 2, 1  # an embedding, (runs, tokens, dim)
-        for layer in self.readers:
-            yield layer.weight, 2, layer.in_folds
-        if self.label is not None:
-            yield self.label, 1, 1
+        """Every (tensor, axis, folds) that has to be permuted when the neurons move."""
+        layers = self.layers()
+        found = [(layer.weight, axis, folds) for layer, axis, folds in layers]
+        found += [(layer.bias, 1, folds) for layer, axis, folds in layers if axis == 1]
+        found += [(tensor, 2, 1) for tensor in self.writers if isinstance(tensor, torch.Tensor)]
+        return found + ([] if self.label is None else [(self.label, 1, 1)])
 
 
 class EmbeddedModel(nn.Module):
-    """What all models share. A subclass has `layers`, its `EmbeddedLinear`s in forward order."""
+    """`runs` independent networks whose neurons have places: the base of every architecture.
 
-    def __init__(self):
+    `layers` are its `EmbeddedLinear`s in forward order; the first reads the inputs, the last
+    writes the outputs. A subclass defines two methods, and nothing else needs to know it:
+    rows(x): the values of every row after the input, a list; last the outputs in task order
+    wires(): a list of (layer, name of the row it reads, name of the row it writes) in forward
+             order; (None, a, b) says that row b is the next stage of the residual stream a
+
+    Integer buffers `in_perm` and `out_perm` (runs, n) tell which input feature or output sits in
+    each slot. `embedding` is (runs, tokens, dim) or None; `frozen` holds numbers of rows.
+    """
+
+    def __init__(self, layers):
         super().__init__()
+        self.layers = nn.ModuleList(layers)
+        n_in, n_out = len(self.layers[0].in_places), len(self.layers[-1].out_places)
+        self.register_buffer("in_perm", torch.arange(n_in).repeat(self.runs, 1))
+        self.register_buffer("out_perm", torch.arange(n_out).repeat(self.runs, 1))
         self.register_parameter("embedding", None)
-
-    def groups(self):
-        """The rows of neurons, a list of `NeuronGroup` from input to output."""
-        raise NotImplementedError
-
-    def rows(self, x):
-        """The values of every row after the input, a list; the outputs come last."""
-        raise NotImplementedError
-
-    def forward(self, x):
-        """Outputs in task order, the last of `rows`, with the same arguments and errors."""
-        return self.rows(x)[-1]
+        self.frozen = ()
 
     @property
     def runs(self):
-        """How many independent networks this model holds."""
-        return self.layers[0].weight.shape[0]
+        """The number of independent networks."""
+        return len(self.layers[0].weight)
+
+    def forward(self, x):
+        """Outputs in task order: the last of `rows(x)`."""
+        return self.rows(x)[-1]
+
+    def groups(self):
+        """Row name -> `NeuronGroup`, from input to output; the stages of a stream share one."""
+        groups, first = {}, {}  # first: stage of a stream -> its first stage
+        for layer, read, written in self.wires():
+            if layer is None:
+                first[written] = first.get(read, read)
+        for layer, read, written in self.wires():
+            for name in (read, written):
+                groups[name] = groups.get(name) or groups.get(first.get(name)) or NeuronGroup()
+            if layer is not None:
+                groups[read].readers.append(layer)
+                groups[written].writers.append(layer)
+        rows = list(groups.values())
+        rows[0].label, rows[-1].label = self.in_perm, self.out_perm
+        rows[0].writers += [] if self.embedding is None else [self.embedding]
+        for number in self.frozen:
+            rows[number].movable = False
+        return groups
 
     def pick(self, run):
-        """The same model with one run (an int) or with several (a list; repeats are allowed)."""
-        rows = torch.as_tensor(run).reshape(-1)
-        for row in rows.tolist() or [None]:
-            _check_run(self, row)
+        """A copy with one run (an int) or with several (a list of ints; repeats are allowed)."""
+        wanted = torch.as_tensor(run)
+        fits = wanted.ndim < 2 and wanted.numel() and wanted.dtype == torch.int64
+        inside = fits and {*wanted.view(-1).tolist()} <= {*range(-self.runs, self.runs)}
+        _require(inside, f"a run below {self.runs} or a list of such", run)
         twin = copy.deepcopy(self)
         for name, tensor in self.state_dict(keep_vars=True).items():
             owner, _, leaf = name.rpartition(".")
-            chosen = tensor.detach()[rows.to(tensor.device)]
-            is_weight = isinstance(tensor, nn.Parameter)
-            setattr(twin.get_submodule(owner), leaf, nn.Parameter(chosen) if is_weight else chosen)
+            chosen = tensor.detach()[wanted.reshape(-1).to(tensor.device)]
+            if isinstance(tensor, nn.Parameter):
+                chosen = nn.Parameter(chosen, requires_grad=tensor.requires_grad)
+            setattr(twin.get_submodule(owner), leaf, chosen)
         return twin
 
-    def _per_run_input(self, x, axes):
-        """Floats of shape (`axes`, in), or one such for every run, as (runs, ...)."""
-        x = torch.as_tensor(x)
-        n, ndim = self.in_perm.shape[1] * self.layers[0].in_folds, axes.count(",") + 2
-        shared = x.ndim == ndim
-        if x.shape[-1:] != (n,) or not (shared or (x.ndim == ndim + 1 and len(x) == self.runs)):
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}; allowed are ({axes}, {n}) "
-                f"and ({self.runs}, {axes}, {n})"
-            )
-        x = x.to(self.layers[0].weight)  # the model's device and dtype
-        return x.expand(self.runs, *x.shape) if shared else x
+    def read_inputs(self, x, ndim=2):
+        """Inputs in task order, of `ndim` axes or one more for runs in front -> (runs, ..., n),
+        every feature moved to its slot."""
+        x, folds = torch.as_tensor(x).to(self.layers[0].weight), self.layers[0].in_folds
+        n, shared = folds * self.in_perm.shape[1], x.ndim == ndim
+        fits = x.shape[-1:] == (n,) and (shared or (x.ndim == ndim + 1 and len(x) == self.runs))
+        expected = f"x of {ndim} axes, the last {n}, or with {self.runs} runs in front"
+        _require(fits, expected, tuple(x.shape))
+        x = x.expand(self.runs, *x.shape) if shared else x
+        return _rearranged(x, x.ndim - 1, self.in_perm, folds)
 
-    def _task_layer(self, i):
-        """Weight and bias of layer i; the model's inputs and outputs are put in task order here,
-        in the small tensors of the first and last layer, and not in every batch."""
-        layer = self.layers[i]
-        weight, bias = layer.weight, layer.bias
-        if i == len(self.layers) - 1:
-            weight, bias = (_task_order(t, 1, self.out_perm) for t in (weight, bias))
-        if i == 0 and self.embedding is None:
-            weight = _task_order(weight, 2, self.in_perm, layer.in_folds)
-        return weight, bias
-
-    def _apply_layer(self, i, values):
-        """Layer i on values (runs, batch, in)."""
-        weight, bias = self._task_layer(i)
+    def write_outputs(self, values):
+        """The last layer on (runs, batch, n), its outputs put back in task order."""
+        layer, slots = self.layers[-1], self.out_perm.argsort(1)
+        weight, bias = (_rearranged(p, 1, slots) for p in (layer.weight, layer.bias))
         return torch.baddbmm(bias[:, None], values, weight.transpose(1, 2))
 
 
 class EmbeddedMLP(EmbeddedModel):
-    """`runs` multilayer perceptrons whose neurons have places.
+    """`runs` multilayer perceptrons with SiLU activations whose neurons have places.
 
-    shape:      features per row, input to output, e.g. (4, 20, 20, 2)
-    in_folds:   blocks of input features that share one row of places
-    embedding:  (tokens, dim) for token inputs, drawn from N(0, 1); in_folds * dim == shape[0]
-    places:     one (n, d) tensor per row, default `line(n)`; the input row has shape[0] / in_folds
-    frozen:     numbers of the rows that never swap (0 is the input)
-    activation: applied after every layer but the last
+    shape:     features per row, input to output, e.g. (4, 20, 20, 2)
+    in_folds:  blocks of input features that share one row of places
+    embedding: (tokens, dim) for token inputs, drawn from N(0, 1); in_folds * dim == shape[0]
+    places:    one (n, d) tensor per row, default `line(n)`; the input row has shape[0] / in_folds
+    frozen:    numbers of the rows that never swap (0 is the input)
 
-    Attributes: `layers`; `embedding` (runs, tokens, dim) or None; `in_perm` and `out_perm`, integer
-    buffers (runs, n): the input feature or output that sits in each slot. Inputs and outputs of
-    the model stay in task order. With an embedding, whose own columns move, `in_perm` only tells
-    which of the first model's dimensions a slot now holds.
-
-    Raises ValueError when any of these does not fit.
+    Rows are called "input", "A1", "A2", ..., "output". With an embedding, whose own columns move,
+    `in_perm` tells which of the initial dimensions a slot now holds.
     """
 
-    def __init__(
-        self,
-        shape,
-        runs=1,
-        *,
-        in_folds=1,
-        embedding=None,
-        places=None,
-        frozen=(),
-        activation=F.silu,
-        generator=None,
-    ):
-        super().__init__()
-        _check_sequence("shape", shape)
-        _check_sequence("frozen", frozen)
-        self.shape = tuple(shape)
-        if len(self.shape) < 2:
-            raise ValueError(f"shape is {self.shape}; at least two rows are needed")
-        for n in self.shape:
-            _check_count("shape", n)
-        _check_count("runs", runs)
-        _check_count("in_folds", in_folds)
-        if self.shape[0] % in_folds:
-            raise ValueError(f"in_folds is {in_folds}; it must divide shape[0] = {self.shape[0]}")
-        counts = (self.shape[0] // in_folds, *self.shape[1:])
-        if embedding is not None:
-            self.embedding = _new_embedding(embedding, counts[0], runs, generator)
-        self.frozen = tuple(frozen)
-        if not set(self.frozen) <= set(range(len(counts))):
-            raise ValueError(f"frozen is {self.frozen}; rows are 0 to {len(counts) - 1}")
+    def __init__(self, shape, runs=1, *, in_folds=1, embedding=None, places=None, frozen=(),
+                 generator=None):  # fmt: skip
+        _require(isinstance(shape, tuple | list) and len(shape) > 1, "shape of two rows", shape)
+        _require_counts(1, in_folds=in_folds, **{f"shape[{i}]": n for i, n in enumerate(shape)})
+        counts = [shape[0] // in_folds, *shape[1:]]
+        _require(counts[0] * in_folds == shape[0], f"in_folds to divide {shape[0]}", in_folds)
         places = [line(n) for n in counts] if places is None else list(places)
-        if len(places) != len(counts):
-            raise ValueError(f"places has {len(places)} rows; shape has {len(counts)}")
-        for i, (row, n) in enumerate(zip(places, counts, strict=True)):
-            _check_places(f"places[{i}]", row, count=n)
-        self.layers = nn.ModuleList(
-            EmbeddedLinear(a, b, in_folds=folds, runs=runs, generator=generator)
-            for a, b, folds in zip(places, places[1:], [in_folds] + [1] * len(counts), strict=False)
+        _require([len(row) for row in places] == counts, f"places for rows of {counts}", places)
+        _require({*frozen} <= {*range(len(counts))}, f"rows below {len(counts)}", frozen)
+        folds = [in_folds] + [1] * (len(counts) - 2)
+        super().__init__(
+            EmbeddedLinear(*ends, in_folds=f, runs=runs, generator=generator)
+            for *ends, f in zip(places, places[1:], folds, strict=False)
         )
-        self.register_buffer("in_perm", torch.arange(counts[0]).repeat(runs, 1))
-        self.register_buffer("out_perm", torch.arange(counts[-1]).repeat(runs, 1))
-        self.activation = activation
+        self.shape, self.frozen = tuple(shape), tuple(frozen)
+        if embedding is not None:
+            fits = isinstance(embedding, tuple | list) and [*embedding[1:]] == counts[:1]
+            _require(fits, f"embedding (tokens, {counts[0]})", embedding)
+            _require_counts(1, tokens=embedding[0])
+            drawn = torch.empty(runs, *embedding).normal_(generator=generator)
+            self.embedding = nn.Parameter(drawn)
 
     def rows(self, x):
-        """(batch, in) or (runs, batch, in) floats, or (batch, in_folds) integer tokens -> a list
-        of the values (runs, batch, n) of every row after the input: hidden rows after their
-        activation, neuron by slot, then the outputs (runs, batch, out) in task order.
-        Raises ValueError for another width or an unknown token."""
-        rows, last = [self._check_input(x)], len(self.layers) - 1
-        for i in range(len(self.layers)):
-            if i == 0 and self.embedding is not None:
-                values = self._read_tokens(rows[0])
-            else:
-                values = self._apply_layer(i, rows[-1])
-            rows.append(self.activation(values) if i < last else values)
-        return rows[1:]
+        """(batch, in) or (runs, batch, in) floats, or (batch, in_folds) integer tokens -> the
+        values (runs, batch, n) of every row after the input, neuron by slot: hidden rows after
+        their activation, then the outputs in task order."""
+        rows = [self.read_inputs(x) if self.embedding is None else self._look_up(x)]
+        for layer in self.layers[:-1]:
+            rows.append(F.silu(layer(rows[-1])))
+        return [*rows[1:], self.write_outputs(rows[-1])]
 
-    def groups(self):
-        ends = {0: self.in_perm, len(self.layers): self.out_perm}
-        start = () if self.embedding is None else (self.embedding,)
-        names = ["input", *(f"A{i + 1}" for i in range(len(self.layers) - 1)), "output"]
-        return [
-            NeuronGroup(
-                name,
-                writers=(self.layers[i - 1],) if i else start,
-                readers=tuple(self.layers[i : i + 1]),
-                label=ends.get(i),
-                movable=i not in self.frozen,
-            )
-            for i, name in enumerate(names)
-        ]
+    def wires(self):
+        names = ["input", *(f"A{i}" for i in range(1, len(self.layers))), "output"]
+        return list(zip(self.layers, names, names[1:], strict=False))
 
-    def _read_tokens(self, tokens):
-        """W [E[a]; E[b]] = T_0[a] + T_1[b], with tables T_f = E W_f^T of (runs, tokens, hidden)."""
-        weight, bias = self._task_layer(0)
-        blocks = weight.unflatten(2, (self.layers[0].in_folds, -1)).unbind(2)
-        tables = [self.embedding @ block.transpose(1, 2) for block in blocks]
-        tables[0] = tables[0] + bias[:, None]
-        return sum(t.index_select(1, tokens[:, f]) for f, t in enumerate(tables))
-
-    def _check_input(self, x):
-        if self.embedding is not None:
-            x = torch.as_tensor(x)
-            folds, tokens = self.layers[0].in_folds, self.embedding.shape[1]
-            if x.ndim != 2 or x.shape[1] != folds or x.is_floating_point():
-                raise ValueError(
-                    f"x is {x.dtype} of shape {tuple(x.shape)}; "
-                    f"allowed are integer tokens of shape (batch, {folds})"
-                )
-            if x.numel() and (x.min() < 0 or x.max() >= tokens):
-                raise ValueError(
-                    f"x has tokens {x.min()} to {x.max()}; allowed are 0 to {tokens - 1}"
-                )
-            return x.to(self.embedding.device)
-        return self._per_run_input(x, "batch")
+    def _look_up(self, tokens):
+        """Tokens (batch, folds) -> their embeddings side by side, (runs, batch, folds * dim)."""
+        tokens, shape = torch.as_tensor(tokens, device=self.embedding.device), self.embedding.shape
+        fraction = tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool
+        folds = self.layers[0].in_folds
+        fits = not fraction and tokens.ndim == 2 and tokens.shape[1] == folds
+        _require(fits, f"integers (batch, {folds})", f"{tokens.dtype} {tuple(tokens.shape)}")
+        known = not len(tokens) or (tokens.min() >= 0 and tokens.max() < shape[1])
+        _require(known, f"tokens from 0 to {shape[1] - 1}", tokens)
+        found = self.embedding.index_select(1, tokens.long().flatten())
+        return found.view(self.runs, len(tokens), folds * shape[2])
 
 
-class EmbeddedTransformer(EmbeddedModel):
-    """`runs` causal transformers whose neurons have places (paper, section 3.4). Like the authors'
-    code: MLP rows 4 times as wide as the stream, tanh-GELU, no LayerNorm.
-
-    Every block adds attention, then an MLP, to the residual stream.
-    Queries, keys and values are three folds of one row of `width` neurons, in `heads` blocks.
-    Token positions are known through the causal mask alone.
-
-    Attributes: `layers`: embed, then (qkv, proj, up, down) per block, then output; `in_perm` and
-    `out_perm` as in `EmbeddedMLP`; `embedding` is None.
-
-    Raises ValueError for sizes below 1 and for `heads` that do not divide `width`.
-    """
-
-    def __init__(self, in_dim, out_dim, width=32, heads=1, blocks=2, runs=1, *, generator=None):
-        super().__init__()
-        sizes = {"in_dim": in_dim, "out_dim": out_dim, "width": width, "heads": heads}
-        for name, count in {**sizes, "blocks": blocks, "runs": runs}.items():
-            _check_count(name, count)
-        if width % heads:
-            raise ValueError(f"heads is {heads}; it must divide width = {width}")
-        self.heads, self.blocks, stream = heads, blocks, line(width)
-        block = [(stream, stream, 3), (stream, stream, 1)]
-        block += [(stream, line(4 * width), 1), (line(4 * width), stream, 1)]
-        ends = [(line(in_dim), stream, 1)], [(stream, line(out_dim), 1)]
-        self.layers = nn.ModuleList(
-            EmbeddedLinear(a, b, out_folds=folds, runs=runs, generator=generator)
-            for a, b, folds in ends[0] + block * blocks + ends[1]
-        )
-        self.register_buffer("in_perm", torch.arange(in_dim).repeat(runs, 1))
-        self.register_buffer("out_perm", torch.arange(out_dim).repeat(runs, 1))
-
-    def rows(self, x):
-        """(batch, tokens, in) or (runs, batch, tokens, in) -> a list of the values (runs, batch,
-        tokens, n) of every row after the input: the stream (Embed), then attention, stream, MLP
-        and stream of every block, then the outputs. An attention row is what its heads have
-        collected. Raises ValueError for another shape."""
-        x = self._per_run_input(x, "batch, tokens")
-        batch, tokens = x.shape[1:3]
-        stream = self._apply_layer(0, x.flatten(1, 2))
-        rows = [stream]
-        for first in range(1, len(self.layers) - 1, 4):
-            seen = self._attend(self._apply_layer(first, stream), tokens)
-            stream = stream + self._apply_layer(first + 1, seen)
-            rows += [seen, stream]
-            hidden = F.gelu(self._apply_layer(first + 2, stream), approximate="tanh")
-            stream = stream + self._apply_layer(first + 3, hidden)
-            rows += [hidden, stream]
-        rows.append(self._apply_layer(len(self.layers) - 1, stream))
-        return [values.unflatten(1, (batch, tokens)) for values in rows]
-
-    def groups(self):
-        embed, *inner, output = self.layers
-        stream = NeuronGroup(
-            "stream",
-            writers=(embed, *inner[1::4], *inner[3::4]),
-            readers=(*inner[::4], *inner[2::4], output),
-            stages=("Embed", *(f"Res{i + 1}" for i in range(2 * self.blocks))),
-        )
-        rows = [NeuronGroup("input", readers=(embed,), label=self.in_perm), stream]
-        for i in range(self.blocks):
-            qkv, proj, up, down = inner[4 * i : 4 * i + 4]
-            rows.append(NeuronGroup(f"Atn{i + 1}", (qkv,), (proj,), heads=self.heads))
-            rows.append(NeuronGroup(f"MLP{i + 1}", (up,), (down,)))
-        return [*rows, NeuronGroup("output", writers=(output,), label=self.out_perm)]
-
-    def _attend(self, qkv, tokens):
-        """Causal attention, (runs, batch * tokens, 3 * width) -> (runs, batch * tokens, width)."""
-        parts = qkv.view(-1, tokens, 3, self.heads, qkv.shape[2] // (3 * self.heads))
-        q, k, v = parts.permute(2, 0, 3, 1, 4)
-        seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return seen.transpose(1, 2).reshape(*qkv.shape[:2], -1)
+def _rearranged(tensor, axis, order, folds=1):
+    """`tensor` (runs, ...) along `axis`, in every fold: slot s gets what is in slot order[r, s]."""
+    index = torch.cat([order + f * order.shape[1] for f in range(folds)], 1)
+    index = index.view(len(index), *[1] * (axis - 1), -1, *[1] * (tensor.ndim - axis - 1))
+    return tensor.gather(axis, index.expand_as(tensor))
 
 
-def _task_order(tensor, axis, perm, folds=1):
-    """`tensor` with what sits in slot s put at index perm[s] of `axis`."""
-    if tensor.numel() > 100_000:  # where copying is dear, look whether there is anything to do
-        straight = torch.arange(perm.shape[1], device=perm.device)
-        if torch.equal(perm, straight.expand_as(perm)):
-            return tensor
-    index = _unfold(perm, folds)
-    index = index[:, :, None] if axis == 1 and tensor.ndim == 3 else index
-    index = index[:, None] if axis == 2 else index
-    return torch.empty_like(tensor).scatter(axis, index.expand_as(tensor), tensor)
-
-
-def _unfold(perm, folds):
-    """A permutation of n places, (runs, n), as one of folds * n features."""
-    if folds == 1:
-        return perm
-    n = perm.shape[1]
-    return torch.cat([perm + f * n for f in range(folds)], 1)
-
-
-def _new_embedding(size, dim, runs, generator):
-    _check_sequence("embedding", size, length=2)
-    _check_count(f"embedding {size}: tokens", size[0])
-    if size[1] != dim:
-        raise ValueError(
-            f"embedding is {size}; allowed is (tokens, {dim}), so that the tokens fill shape[0]"
-        )
-    return nn.Parameter(torch.empty(runs, *size).normal_(generator=generator))
+def _per_run(name, value, model, ndim=1):
+    """A number or (runs,), finite and from 0, with `ndim` axes, the first for runs."""
+    value = torch.as_tensor(value)
+    fits = value.shape in ((), (model.runs,)) and not value.is_complex()
+    fits = fits and bool(((value >= 0) & (value < math.inf)).all())
+    _require(fits, f"{name}, finite and from 0, as a number or ({model.runs},)", value)
+    return value.to(model.layers[0].weight).view(-1, *[1] * (ndim - 1))
 
 
 # ---------------------------------------------------------------- cost (paper, section 2)
 
 
 def connection_cost(model, A=1.0, y0=0.1, *, A_last=None, biases=True, reduce="sum"):
-    """Wiring cost of every run, (runs,): every weight pays |w| * (A * distance + y0), every bias
-    and every entry of an embedding y0 times its size.
+    """Connection cost of every run, (runs,): every weight pays |w| * (A * distance + y0), every
+    bias and every entry of an embedding y0 times its size.
 
-    `A_last` replaces A in the last layer. `biases=False` lets biases go free. `reduce="mean"`
-    averages within each tensor instead of summing (the authors do so for their larger networks).
-    `A`, `A_last` and `y0` are floats or tensors of shape (runs,).
-
-    Raises ValueError for an unknown `reduce` and for tensors of another length.
+    `A`, the price per unit length, and `y0`, a fixed price per connection, are numbers or (runs,),
+    finite and from 0. `A_last` replaces A in the last layer. With `biases=False` biases are free.
+    `reduce="mean"` averages within each tensor, as the authors do for their larger networks.
     """
-    A, y0 = _per_run("A", A, model), _per_run("y0", y0, model)
-    A_last = A if A_last is None else _per_run("A_last", A_last, model)
-    for name, price in (("A", A), ("A_last", A_last), ("y0", y0)):
-        if price < 0 if isinstance(price, float) else (price < 0).any():
-            raise ValueError(f"{name} is {price}; allowed are prices from 0")
-    total = 0.0
-    for layer in model.layers:
-        slope = A_last if layer is model.layers[-1] else A
-        price = _column(slope, 3) * layer.distance + _column(y0, 3)
-        total = total + _reduced(layer.weight.abs() * price, reduce)
-        if biases:
-            total = total + y0 * _reduced(layer.bias.abs(), reduce)
+    _require(reduce in ("sum", "mean"), "reduce to be 'sum' or 'mean'", repr(reduce))
+    A, y0 = _per_run("A", A, model, ndim=3), _per_run("y0", y0, model, ndim=3)
+    A_last = A if A_last is None else _per_run("A_last", A_last, model, ndim=3)
+    slopes = [A] * (len(model.layers) - 1) + [A_last]
+    paid = [layer.weight.abs() * (a * layer.distance + y0)
+            for layer, a in zip(model.layers, slopes, strict=True)]  # fmt: skip
+    paid += [layer.bias.abs() * y0[:, 0] for layer in model.layers if biases]
     if model.embedding is not None:
-        total = total + y0 * _reduced(model.embedding.abs(), reduce)
-    return total
-
-
-def _reduced(tensor, reduce):
-    """Sum or mean over all but the first axis."""
-    _check_choice("reduce", reduce, ("sum", "mean"))
-    axes = tuple(range(1, tensor.ndim))
-    return tensor.sum(axes) if reduce == "sum" else tensor.mean(axes)
-
-
-def _per_run(name, value, model):
-    """A setting given as a float or per run, ready to multiply tensors of shape (runs,)."""
-    if isinstance(value, int | float):
-        return float(value)
-    value = torch.as_tensor(value)
-    if value.ndim and value.shape != (model.runs,):
-        raise ValueError(
-            f"{name} has shape {tuple(value.shape)}; allowed are a float and ({model.runs},)"
-        )
-    return value.to(model.layers[0].weight)
-
-
-def _of_run(name, value, model, run):
-    """The value of one run of a setting that is None, a float or per run."""
-    _check_run(model, run)
-    value = None if value is None else _per_run(name, value, model)
-    return value[run].item() if isinstance(value, torch.Tensor) and value.ndim else value
-
-
-def _column(value, ndim):
-    """A float as it is, a (runs,) tensor with axes added behind."""
-    if isinstance(value, torch.Tensor) and value.ndim:
-        return value.view(-1, *[1] * (ndim - 1))
-    return value
+        paid.append(model.embedding.abs() * y0)
+    return sum(getattr(part.flatten(1), reduce)(1) for part in paid)
 
 
 # ---------------------------------------------------------------- swaps (paper, algorithm 1)
 
 
 @torch.no_grad()
-def swap_neurons(model, top_k=5, *, reduce="sum", method="greedy", runs=None, optimizer=None):
+def swap_neurons(model, top_k=5, *, reduce="sum", method="greedy", mask=None):
     """Let neurons trade places where that shortens the wiring; outputs do not change.
 
-    method="greedy" (the paper): row by row from input to output, the slots are ranked once by the
-    sum of |w| of all wires of their neuron. For each of the first `top_k` slots, its neuron trades
-    places with the one, of all neurons of the row, that shortens the wiring most, if any does. In
-    a row with heads neurons stay in their head; then whole heads trade places in the same way.
-    method="optimal" (ours): every row takes its best arrangement with the other rows held fixed, a
+    method="greedy" (the paper): row by row from input to output, the slots are ranked once by
+    the sum of |w| of their neuron's wires. For each of the first `top_k` slots, its neuron trades
+    places with the neuron of the group that shortens the wiring most, if any does.
+    method="optimal" (ours): every group takes its best arrangement with the others held fixed, a
     linear assignment problem; `top_k` plays no part.
 
-    runs:      boolean mask (runs,) of the networks to treat, default all
-    optimizer: if given, Adam's moments move with their neurons (the authors leave them behind)
-    reduce:    as in the loss; A, y0 and biases cannot change which swap is best
-
-    Returns by how much the distance part of the cost, sum of |w| * distance, fell: (runs,).
-    Raises ValueError for unknown names, negative `top_k`, a mask of another shape, non-finite
-    weights, and for a layer with one group at both its ends.
+    `mask` (runs,) tells which networks are treated, default all; `reduce` is as in the loss.
+    Returns by how much the sum (or mean) of |w| * distance fell, (runs,).
     """
-    _check_choice("method", method, ("greedy", "optimal"))
-    _check_choice("reduce", reduce, ("sum", "mean"))
-    _check_count("top_k", top_k, least=0)
-    treated = _check_mask("runs", runs, model).cpu().numpy()
-    _check_finite(model)
-    saved = np.zeros(model.runs)
-    for group in model.groups():
-        if set(map(id, group.writers)) & set(map(id, group.readers)):
-            raise ValueError(f"group {group.name} is at both ends of one layer; allowed is one end")
-        if not group.movable:
-            continue
-        searches = [_optimal_order] if method == "optimal" else [_greedy_order]
-        if method == "greedy" and group.heads > 1:
-            searches.append(_greedy_heads)
-        for search in searches:
-            wires = list(_wires(group, reduce))
-            order, gain = search(wires, group.heads, top_k)
-            order[~treated], gain[~treated] = np.arange(order.shape[1]), 0
-            saved += gain
+    _require(reduce in ("sum", "mean"), "reduce to be 'sum' or 'mean'", repr(reduce))
+    _require(method in ("greedy", "optimal"), "method to be 'greedy' or 'optimal'", repr(method))
+    _require_counts(0, top_k=top_k)
+    mask = torch.ones(model.runs, dtype=torch.bool) if mask is None else torch.as_tensor(mask).cpu()
+    fits = mask.dtype == torch.bool and mask.shape == (model.runs,)
+    _require(fits, f"a boolean mask ({model.runs},)", mask)
+    finite = all(p.isfinite().all() for p in model.parameters())
+    _require(finite, "finite weights", "some that are not")
+    fall = np.zeros(model.runs)
+    for group in dict.fromkeys(model.groups().values()):
+        both = {id(m) for m in group.writers} & {id(m) for m in group.readers}
+        _require(not both, "every group at one end of a layer", "one at both")
+        if group.movable:
+            table, score = _slot_costs(group, reduce)
+            order = _greedy(table, score, top_k) if method == "greedy" else _optimal(table)
+            order[~mask.numpy()] = np.arange(order.shape[1])
+            for run, slots in enumerate(order):
+                fall[run] += np.trace(table[run]) - np.trace(table[run][slots])
             if (order != np.arange(order.shape[1])).any():
-                _rearrange(group, torch.from_numpy(order).to(wires[0][0].device), optimizer)
-    return torch.from_numpy(saved).to(model.layers[0].weight)
+                _rearrange(group, torch.from_numpy(order).to(score.device))
+    return torch.from_numpy(fall).to(model.layers[0].weight)
 
 
-def _wires(group, reduce):
-    """For every layer that touches a row, in double precision: |w| of its neurons' wires
-    (runs, n, others), and what one unit of such a wire costs from each slot (n, others)."""
-    n = len(group.places)
-    layers = [m for m in group.writers if isinstance(m, EmbeddedLinear)]
-    for layer, written in [(m, True) for m in layers] + [(m, False) for m in group.readers]:
-        size, price = layer.weight.to(torch.float64, copy=True).abs_(), layer.distance.double()
+def _slot_costs(group, reduce):
+    """With the other groups held fixed, the cost is linear in where the neurons of one group sit:
+    C[neuron, slot] = sum over layers of |w|[neuron] @ price[slot]. Returns C (runs, n, n) and the
+    sum of |w| of every neuron's wires (runs, n)."""
+    n, table, score = len(group.places), 0.0, 0.0
+    for layer, axis, _ in group.layers():
+        size, price = layer.weight.double().abs(), layer.distance.double()
         if reduce == "mean":
             price = price / price.numel()
-        if not written:
+        if axis == 2:
             size, price = size.transpose(1, 2), price.T
-        if size.shape[1] > n:  # folds share their places
-            size = size.unflatten(1, (-1, n)).sum(1)
-        yield size, price[:n]
+        size = size.unflatten(1, (-1, n)).sum(1)  # folds share their places
+        table, score = table + size @ price[:n].T, score + size.sum(2)
+    return table.cpu().numpy(), score
 
 
-def _greedy_order(wires, heads, top_k):
-    """The neuron that ends in each slot, (runs, n), and the gain, (runs,).
-
-    What neuron i would cost in slot s is linear in its wires: C[i, s] = |w|[i] @ price[s].
-    So trading the neurons of slots j and k changes the cost by C[n_j, k] + C[n_k, j] - C[n_j, j] -
-    C[n_k, k]. Only the ranked neurons' rows and the ranked slots' columns of C are ever asked for:
-    a slot that still waits for its turn can only have received a ranked neuron.
-    """
-    score = sum(size.sum(2) for size, _ in wires)
-    n_runs, n = score.shape
-    run = np.arange(n_runs)
-    ranked = score.argsort(dim=1, descending=True, stable=True)
-    rank, top = ranked.argsort(1), ranked[:, :top_k]
-    index = torch.arange(n_runs, device=top.device)[:, None], top
-    rows = sum(w[index] @ p.T for w, p in wires)  # (runs, top_k, n)
-    columns = sum(p[top] @ w.transpose(1, 2) for w, p in wires)  # (runs, top_k, n)
-    cost = sum((w * p).sum(2) for w, p in wires)  # (runs, n): of each slot's neuron as it is
-    rank, top, rows, columns, cost = (t.cpu().numpy() for t in (rank, top, rows, columns, cost))
-    head = np.arange(n) * heads // n
-    order = np.tile(np.arange(n), (n_runs, 1))
-    gain, rounding = np.zeros(n_runs), 1e-12 * cost.sum(1)
-    for turn, slot in enumerate(top.T):  # few and tiny steps: quicker on the CPU, without autograd
-        mover = order[run, slot]
-        there = rows[run, rank[run, mover]]
-        back = columns[run[:, None], turn, order]
-        change = there + back - cost - cost[run, slot][:, None]
-        change[head != head[slot][:, None]] = np.inf
+def _greedy(table, score, top_k):
+    """The neuron that ends in each slot, (runs, n). Trading the neurons of slots j and k changes
+    the cost by C[n_j, k] + C[n_k, j] - C[n_j, j] - C[n_k, k]."""
+    run, n = np.arange(len(table)), table.shape[1]
+    ranked = score.argsort(dim=1, descending=True, stable=True)[:, :top_k].cpu().numpy()
+    order, rounding = np.tile(np.arange(n), (len(table), 1)), 1e-12 * np.trace(table.T)[:, None]
+    for slot in ranked.T:
+        cost, mover = table[run[:, None], order, np.arange(n)], order[run, slot]
+        change = table[run, mover] + table[run[:, None], order, slot[:, None]]
+        change -= cost + cost[run, slot][:, None]
         change[run, slot] = 0  # staying is one of the choices
-        best = change.min(1)
-        other = (change <= (best + rounding)[:, None]).argmax(1)  # the first, if several
-        other = np.where(best < -rounding, other, slot)
-        moves = other != slot
-        gain -= change[run, other]
-        cost_slot, cost_other = back[run, other], there[run, other]
+        best = change.min(1, keepdims=True)
+        first = (change <= best + rounding).argmax(1)
+        other = np.where((best < -rounding)[:, 0], first, slot)
         order[run, slot], order[run, other] = order[run, other], mover
-        cost[run[moves], slot[moves]] = cost_slot[moves]
-        cost[run[moves], other[moves]] = cost_other[moves]
-    return order, gain
+    return order
 
 
-def _greedy_heads(wires, heads, top_k):
-    """As `_greedy_order`, but whole heads trade places, their neurons in the order they have."""
-    whole = [
-        (w.unflatten(1, (heads, -1)).flatten(2), p.unflatten(0, (heads, -1)).flatten(1))
-        for w, p in wires
-    ]
-    order, gain = _greedy_order(whole, 1, top_k)
-    size = wires[0][0].shape[1] // heads
-    return (order[:, :, None] * size + np.arange(size)).reshape(len(order), -1), gain
+def _optimal(table):
+    """As `_greedy`, but the best arrangement of the whole group."""
+    order = np.tile(np.arange(table.shape[1]), (len(table), 1))
+    for run, costs in enumerate(table):
+        neuron, slot = linear_sum_assignment(costs)
+        if costs[neuron, slot].sum() < (1 - 1e-12) * np.trace(costs):
+            order[run, slot] = neuron
+    return order
 
 
-def _optimal_order(wires, heads, _=None):
-    """As `_greedy_order`, but the best arrangement of the whole row: of the neurons in every block
-    that their head could take, then of the heads."""
-    cost = sum(w @ p.T for w, p in wires).cpu().numpy()
-    n = cost.shape[1]
-    size, neuron = n // heads, np.arange(n // heads)
-    order, gain = np.tile(np.arange(n), (len(cost), 1)), np.zeros(len(cost))
-    for run, table in enumerate(cost):
-        blocks = table.reshape(heads, size, heads, size).swapaxes(1, 2)
-        slots = [[linear_sum_assignment(block)[1] for block in row] for row in blocks]
-        price = [
-            [block[neuron, slot].sum() for block, slot in zip(*pair, strict=True)]
-            for pair in zip(blocks, slots, strict=True)
-        ]
-        blocks_taken = linear_sum_assignment(price)[1]
-        fall = np.trace(table) - sum(price[h][g] for h, g in enumerate(blocks_taken))
-        if fall > 1e-12 * np.trace(table):
-            gain[run] = fall
-            for h, g in enumerate(blocks_taken):
-                order[run, g * size + slots[h][g]] = h * size + neuron
-    return order, gain
-
-
-def _rearrange(group, order, optimizer=None):
-    """Put neuron order[r, s] of every run r into slot s, in every tensor that knows the row."""
-    moved = []
-    for tensor, axis, folds in group.axes():
-        state = {} if optimizer is None else optimizer.state.get(tensor, {})
-        moments = [m for m in state.values() if getattr(m, "shape", None) == tensor.shape]
-        for values in (tensor, *moments):
-            index = _unfold(order, folds)
-            index = index.view(*index.shape, *[1] * (values.ndim - 2)).transpose(1, axis)
-            moved.append((values, values.gather(axis, index.expand_as(values))))
+def _rearrange(group, order):
+    """Put neuron order[r, s] of every run r into slot s, in every tensor that knows the group."""
+    moved = [(t, _rearranged(t, axis, order, folds)) for t, axis, folds in group.axes()]
     try:
-        _copy_all(moved)
+        for tensor, values in moved:
+            tensor.copy_(values)
     except BaseException:  # an interrupt half-way would leave a network that computes nonsense
-        _copy_all(moved)
+        for tensor, values in moved:
+            tensor.copy_(values)
         raise
-
-
-def _copy_all(pairs):
-    for target, values in pairs:
-        target.copy_(values)
 
 
 # ---------------------------------------------------------------- training (paper, section 3)
@@ -676,580 +421,474 @@ def _copy_all(pairs):
 def mse_loss(outputs, targets):
     """Mean squared error of every run, (runs,), of outputs (runs, batch, out) for targets of the
     same shape or (batch, out)."""
-    if targets.shape not in (outputs.shape, outputs.shape[1:]):
-        shapes = tuple(outputs.shape), tuple(outputs.shape[1:])
-        raise ValueError(f"targets has shape {tuple(targets.shape)}; allowed are {shapes}")
-    return (outputs - targets.to(outputs)).square().mean((1, 2))
+    return (outputs - _per_output(targets, outputs.shape)).square().flatten(1).mean(1)
 
 
 def cross_entropy(outputs, classes):
-    """Cross-entropy of every run, (runs,), of outputs (runs, batch, out) for classes (batch,)
-    or (runs, batch)."""
-    wanted = classes.to(outputs.device).expand(len(outputs), -1).flatten()
-    each = F.cross_entropy(outputs.flatten(0, 1), wanted, reduction="none")
+    """Cross-entropy of every run, (runs,), of outputs (runs, batch, out) for classes (batch,) or
+    (runs, batch)."""
+    wanted = _per_output(classes, outputs.shape[:2]).to(outputs.device)
+    each = F.cross_entropy(outputs.flatten(0, 1), wanted.flatten(), reduction="none")
     return each.view(len(outputs), -1).mean(1)
 
 
 def accuracy(outputs, classes):
-    """Share of right answers of every run, (runs,); arguments as in `cross_entropy`."""
-    return (outputs.argmax(2) == classes.to(outputs.device)).to(outputs.dtype).mean(1)
+    """Share of correct answers of every run, (runs,); arguments as in `cross_entropy`."""
+    correct = outputs.argmax(2) == _per_output(classes, outputs.shape[:2]).to(outputs.device)
+    return correct.to(outputs.dtype).mean(1)
+
+
+def _per_output(targets, shape):
+    fits = targets.shape in (shape, shape[1:])
+    _require(fits, f"targets {tuple(shape)}, with or without runs", tuple(targets.shape))
+    return targets.expand(shape)
 
 
 @dataclass
 class History:
-    """What `train` saw.
-
-    steps (logs,); losses, costs and objectives (loss + lamb * cost), each (logs, runs); metrics:
-    name -> (logs, runs); snapshots: step -> state of the networks; phases: the steps at which lamb
-    changes; seconds in all, swap_seconds of them in swaps; finished: False after an interrupt.
-    Values are lists while training runs.
-    """
+    """What `train` saw of `model`: `history["loss"]`, `["cost"]`, `["objective"]` (loss + lamb *
+    cost) and every metric, each (logs, runs), at `history.steps`. `phases` are the steps at which
+    lamb changes; `snapshots` holds step -> state of the runs `kept`, on the CPU; `done` counts the
+    steps made."""
 
     model: EmbeddedModel
     phases: list
-    steps: list = field(default_factory=list)
-    losses: list = field(default_factory=list)
-    costs: list = field(default_factory=list)
-    objectives: list = field(default_factory=list)
-    metrics: dict = field(default_factory=dict)
+    kept: list
+    log: list = field(default_factory=list)
     snapshots: dict = field(default_factory=dict)
-    seconds: float = 0.0
-    swap_seconds: float = 0.0
-    finished: bool = False
+    done: int = 0
 
-    def nearest(self, step):
-        """The snapshot nearest to `step`."""
-        return min(self.snapshots, key=lambda kept: abs(kept - step))
+    @property
+    def steps(self):
+        return [step for step, _ in self.log]
+
+    def __getitem__(self, name):
+        _require(self.log and name in self.log[0][1], "a curve of a history with lines", repr(name))
+        return torch.stack([values[name] for _, values in self.log])
 
     def at(self, step):
-        """The model as it was at snapshot `step`: always the same object, with other weights."""
-        if step not in self.snapshots:
-            raise ValueError(f"step is {step}; there are snapshots at {sorted(self.snapshots)}")
-        self.model.load_state_dict(self.snapshots[step])
+        """The networks at the snapshot nearest to `step`: always the same object, with other
+        weights."""
+        nearest = min(self.snapshots, key=lambda kept: abs(kept - step))
+        self.model.load_state_dict(self.snapshots[nearest])
         return self.model
 
-    @torch.no_grad()
-    def log(self, step, model, loss, cost, lamb, metrics):
-        """Add one line; all of it or, after an interrupt, nothing."""
-        measured = {name: metric(model).cpu() for name, metric in metrics.items()}
-        self.steps.append(step)
-        self.losses.append(loss.detach().cpu())
-        self.costs.append(cost.detach().cpu())
-        self.objectives.append((loss + lamb * cost).detach().cpu())
-        for name, values in measured.items():
-            self.metrics.setdefault(name, []).append(values)
-
-    def close(self):
-        """Turn the lists into tensors (logs, runs)."""
-        for name in ("losses", "costs", "objectives"):
-            setattr(self, name, _stacked(getattr(self, name)))
-        self.metrics = {name: _stacked(values) for name, values in self.metrics.items()}
+    def _keep(self, step, model):
+        state = model.state_dict().items()
+        self.snapshots[step] = {name: tensor.detach()[self.kept].cpu() for name, tensor in state}
 
 
-def _stacked(values):
-    return torch.stack(values) if values else torch.empty(0, 0)
+def train(model, loss_fn, *, steps, lr, lamb, cost=connection_cost, swap=swap_neurons,
+          swap_every=200, exact=False, metrics=None, snapshots=1, snapshot_runs=None,
+          label="training"):  # fmt: skip
+    """Minimise loss + lamb * cost with swaps (the paper); returns a `History`.
 
+    loss_fn:    loss_fn(model) -> (runs,)
+    lamb:       a number or (runs,), or phases [(fraction of training, value), ...] from fraction 0
+    cost:       cost(model) -> (runs,), linear in the sizes of the parameters, or phases of such
+    swap:       swap(model), called every `swap_every` steps, after the step; 0 for never
+    exact:      the proximal step (ours), which reaches exact zeros: see `PricedAdam`
+    metrics:    name -> metric(model) -> (runs,), evaluated a hundred times, without gradients
+    snapshots:  number of snapshots after the first; `snapshot_runs` lists the runs that they keep
 
-def train(
-    model,
-    loss_fn,
-    *,
-    steps,
-    lr,
-    lamb,
-    cost=connection_cost,
-    swap_every=200,
-    top_k=5,
-    swap_runs=None,
-    reduce="sum",
-    carry_moments=False,
-    swap=None,
-    metrics=None,
-    log_every=None,
-    snapshot_every=None,
-    snapshot_runs=None,
-    label="training",
-):
-    """Minimise loss + lamb * cost by AdamW (no weight decay), with swaps; returns a `History`.
-
-    model:          any `EmbeddedModel`; it is trained in place
-    loss_fn:        loss_fn(model) -> (runs,), called once per step and once at the end
-    steps, lr:      number of steps, learning rate
-    lamb:           a value, or a list of phases (fraction of training, value), in order, the first
-                    at fraction 0; a value is a float or a tensor (runs,)
-    cost:           cost(model) -> (runs,), or a list of phases (fraction, callable)
-    swap_every:     steps between swaps, 0 for never; `top_k` and `reduce` as in `swap_neurons`;
-                    `swap_runs` is the mask (runs,) of the networks that swap
-    carry_moments:  Adam's moments move with their neurons; the authors leave them behind
-    swap:           swap(model, optimizer), called in place of all that
-    metrics:        name -> metric(model) -> (runs,), evaluated without gradients
-    log_every:      steps between lines of the history, default a hundredth of the training
-    snapshot_every: steps between snapshots (on the CPU), default only the first and the last;
-                    `snapshot_runs` lists the runs that they keep, default all
-    label:          what the progress bar says
-
-    Ctrl-C returns what there is. Raises FloatingPointError, naming run and step, for a loss that
-    is not finite; ValueError for phases out of order and for tensors of another shape.
+    `functools.partial` gives `cost` and `swap` their arguments. The model is trained in place.
+    Ctrl-C returns what there is; an exception carries it as `error.history`. A loss that is not
+    finite raises FloatingPointError, which names run and step.
     """
-    _check_count("steps", steps)
-    _check_count("swap_every", swap_every, least=0)
-    _check_count("top_k", top_k, least=0)
-    _check_choice("reduce", reduce, ("sum", "mean"))
-    lambs = [(at, _per_run("lamb", value, model)) for at, value in _phases("lamb", lamb, steps)]
-    costs, swap_runs = _phases("cost", cost, steps), _check_mask("swap_runs", swap_runs, model)
-    log_every, metrics = log_every or max(1, steps // 100), metrics or {}
-    kept = list(range(model.runs)) if snapshot_runs is None else list(snapshot_runs)
-    if swap is None:
-
-        def swap(model, optimizer):
-            carried = optimizer if carry_moments else None
-            swap_neurons(model, top_k, reduce=reduce, runs=swap_runs, optimizer=carried)
-
-    history = History(model.pick(kept), [at for at, _ in lambs[1:]])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
-    began, done = time.perf_counter(), 0
+    _require_counts(1, steps=steps, snapshots=snapshots)
+    _require_counts(0, swap_every=swap_every)
+    _require(isinstance(lr, int | float) and 0 < lr < math.inf, "lr finite and above 0", lr)
+    lambs, costs = _phases("lamb", lamb, steps), _phases("cost", cost, steps)
+    lambs = {start: _per_run("lamb", value, model) for start, value in lambs.items()}
+    kept = list(range(model.runs) if snapshot_runs is None else snapshot_runs)
+    history = History(model.pick(kept), list(lambs)[1:], kept)
+    optimizer, began, swapping = PricedAdam(model, lr, exact), time.perf_counter(), 0.0
+    logged, filmed = ({round(k * steps / n) for k in range(n + 1)} for n in (100, snapshots))
+    shown = display(Pretty(label), display_id=True) if get_ipython() else None
     try:
-        for step in tqdm(range(steps), label, ncols=80, file=_progress_line()):
-            loss, wiring = loss_fn(model), phase_value(costs, step)(model)
-            if step % log_every == 0:
-                history.log(step, model, loss, wiring, phase_value(lambs, step), metrics)
-            if step % (snapshot_every or steps) == 0:
-                history.snapshots[step] = _state(model, kept)
-            _check_losses(loss, wiring, model, step)
-            _descend(optimizer, loss + phase_value(lambs, step) * wiring)
-            done = step + 1
-            if swap_every and (step + 1) % swap_every == 0:
-                swaps_began = time.perf_counter()
-                swap(model, optimizer)
-                history.swap_seconds += time.perf_counter() - swaps_began
-        with torch.no_grad():
-            loss, wiring = loss_fn(model), phase_value(costs, steps)(model)
-            _check_losses(loss, wiring, model, steps)
-            history.log(steps, model, loss, wiring, phase_value(lambs, steps), metrics)
-        history.finished = True
+        for step in range(steps + 1):
+            if step in lambs or step in costs:
+                lamb, cost = lambs.get(step, lamb), costs.get(step, cost)
+                optimizer.prices = _prices(model, cost, lamb)
+            loss = loss_fn(model)
+            _check_loss(model, loss, step)
+            if step in logged:
+                history.log.append((step, _measured(model, loss, cost, lamb, metrics or {})))
+            if step in logged and shown:
+                shown.update(Pretty(f"{label}: {step:,} of {steps:,} steps"))
+            if step in filmed:
+                history._keep(step, model)
+            if step == steps:
+                break
+            model.zero_grad()
+            loss.sum().backward()
+            optimizer.step()
+            history.done = step + 1
+            if swap_every and history.done % swap_every == 0:
+                swap_began = time.perf_counter()
+                swap(model)
+                swapping += time.perf_counter() - swap_began
+        seconds = time.perf_counter() - began
+        text = f"{label}: {steps:,} steps, {seconds:.1f} s, {swapping / seconds:.1%} of it in swaps"
+        shown.update(Pretty(text)) if shown else print(text)
     except KeyboardInterrupt:
-        print(f"interrupted after {done} of {steps} steps; what there is can be used")
-    history.snapshots[done] = _state(model, kept)
-    history.seconds = time.perf_counter() - began
-    history.close()
+        history._keep(history.done, model)
+        print(f"interrupted after {history.done} of {steps} steps; the history has what there is")
+    except Exception as error:
+        history._keep(history.done, model)
+        error.history = history
+        raise
     return history
 
 
-class _DisplayLine:
-    """Where tqdm writes in a notebook: one output that is replaced, so that what is saved is the
-    last state and not every one."""
+class PricedAdam:
+    """Adam for loss + sum of c |p|, with a price c >= 0 for every entry p of a parameter. With g
+    the gradient of the loss alone, a step is
 
-    handle = None
+        h = g + c sign p                m <- b1 m + (1 - b1) h       v <- b2 v + (1 - b2) h^2
+        d = sqrt(v_hat) + eps           p <- p - lr m_hat / d
 
-    def write(self, text):
-        data = {"text/plain": text.strip("\r\n")}
-        if data["text/plain"].strip():
-            if self.handle is None:
-                self.handle = display(data, raw=True, display_id=True)
-            else:
-                self.handle.update(data, raw=True)
+    exact=False, the paper's subgradient step, never reaches zero. Its proximal form, exact=True
+    (ours), does: m averages g instead of h, d is at least c, and then all p shrink,
+    p <- sign(p) max(|p| - lr c / d, 0). Both are at rest where |g| <= c for p = 0 and
+    g = -c sign p elsewhere. `prices` is one vector for all parameters that train.
+    """
 
-    def flush(self):
-        pass
+    def __init__(self, model, lr, exact=False, betas=(0.9, 0.999), eps=1e-8):
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.lr, self.exact, self.betas, self.eps, self.steps = lr, exact, betas, eps, 0
+        p = nn.utils.parameters_to_vector(self.parameters).detach()
+        self.prices, self.m, self.v = torch.zeros_like(p).repeat(3, 1)
+
+    @torch.no_grad()
+    def step(self):
+        self.steps += 1
+        (b1, b2), c, p = self.betas, self.prices, nn.utils.parameters_to_vector(self.parameters)
+        grads = [torch.zeros_like(q) if q.grad is None else q.grad for q in self.parameters]
+        g = nn.utils.parameters_to_vector(grads)
+        h = torch.addcmul(g, c, p.sign())
+        self.m.lerp_(g if self.exact else h, 1 - b1)
+        self.v.mul_(b2).addcmul_(h, h, value=1 - b2)
+        d = (self.v.sqrt() / (1 - b2**self.steps) ** 0.5).add_(self.eps)
+        d = d.clamp_(min=c) if self.exact else d
+        p.addcdiv_(self.m, d, value=-self.lr / (1 - b1**self.steps))
+        if self.exact:
+            shrink = self.lr * c / d
+            p -= p.clamp(-shrink, shrink)
+        nn.utils.vector_to_parameters(p, self.parameters)
 
 
-def _progress_line():
-    return _DisplayLine() if hasattr(get_ipython(), "kernel") else None
-
-
-def phase_value(phases, step):
-    """The value in force at `step`, of phases (first step, value) in order."""
-    return [value for first, value in phases if first <= step][-1]
+def _prices(model, cost, lamb):
+    """lamb times what `cost` charges per unit of size, one vector for all parameters that train. A
+    weighted L1 is linear in |p|, so its prices are its gradient where all parameters are 1."""
+    ones, paid = model.pick(list(range(model.runs))), cost(model)
+    _require_per_run(model, {"cost(model)": paid})
+    for p in ones.parameters():
+        p.requires_grad_().data.fill_(1)
+    slopes = torch.autograd.grad(cost(ones).sum(), list(ones.parameters()), materialize_grads=True)
+    pairs = list(zip(slopes, model.parameters(), strict=True))
+    linear = torch.allclose(sum((c * p.abs()).flatten(1).sum(1) for c, p in pairs), paid, rtol=1e-3)
+    fits = linear and all((c >= 0).all() for c in slopes)
+    _require(fits, "a cost that is a weighted sum of sizes, weights from 0", cost)
+    trained = [c * lamb.view(-1, *[1] * (c.ndim - 1)) for c, p in pairs if p.requires_grad]
+    return nn.utils.parameters_to_vector(trained)
 
 
 def _phases(name, phases, steps):
-    """[(fraction, value), ...] or one value for all time -> [(first step, value), ...]."""
-    if not isinstance(phases, list | tuple):
-        phases = [(0, phases)]
-    if not all(isinstance(phase, list | tuple) and len(phase) == 2 for phase in phases):
-        raise ValueError(f"{name} is {phases}; allowed are a value and pairs (fraction, value)")
-    fractions = [fraction for fraction, _ in phases]
-    in_order = all(a < b for a, b in itertools.pairwise(fractions))
-    if not phases or fractions[0] != 0 or not in_order or fractions[-1] > 1:
-        raise ValueError(f"{name} has phases at {fractions}; allowed are rising fractions 0 to 1")
-    return [(int(fraction * steps + 1e-9), value) for fraction, value in phases]
+    """[(fraction, value), ...] or one value for all time -> {first step: value, ...}."""
+    phases = phases if isinstance(phases, list | tuple) else [(0, phases)]
+    pairs = phases and all(isinstance(phase, list | tuple) and len(phase) == 2 for phase in phases)
+    _require(pairs, f"{name} or phases [(fraction, {name}), ...]", phases)
+    starts = [fraction for fraction, _ in phases]
+    rising = starts == sorted({*starts}) and starts[0] == 0 and starts[-1] <= 1
+    _require(rising, f"phases of {name} at rising fractions from 0 to 1", starts)
+    return {int(fraction * steps + 1e-9): value for fraction, value in phases}
 
 
-def _check_losses(loss, wiring, model, step):
-    for name, value in (("loss_fn(model)", loss), ("cost(model)", wiring)):
-        if value.shape != (model.runs,):
-            raise ValueError(f"{name} has shape {tuple(value.shape)}; allowed is ({model.runs},)")
-    if not math.isfinite((loss + wiring).sum().item()):
-        run = (~(loss + wiring).isfinite()).nonzero().flatten().tolist()
-        raise FloatingPointError(f"loss or cost is not finite in run {run} at step {step}")
+def _require_per_run(model, values):
+    for name, value in values.items():
+        fits = isinstance(value, torch.Tensor) and value.shape == (model.runs,)
+        _require(fits, f"{name} to be a tensor ({model.runs},)", value)
 
 
-def _descend(optimizer, objective):
-    optimizer.zero_grad()
-    objective.sum().backward()
-    optimizer.step()
-
-
-def _state(model, runs):
-    """A copy of the state of some runs, on the CPU."""
-    return {name: tensor.detach()[runs].cpu() for name, tensor in model.state_dict().items()}
-
-
-# ---------------------------------------------------------------- structure (ours)
-
-
-@contextlib.contextmanager
-def pruned(model, threshold):
-    """Inside `with pruned(model, threshold):` all weights, biases and entries of an embedding of
-    size up to `threshold`, a float or (runs,), are zero; afterwards they are back, so do not swap
-    or train inside."""
-    threshold = _per_run("threshold", threshold, model)
-    before = [p.detach().clone() for p in model.parameters()]
-    with torch.no_grad():
-        for p in model.parameters():
-            p[p.abs() <= _column(threshold, p.ndim)] = 0
-    try:
-        yield model
-    finally:
-        with torch.no_grad():
-            _copy_all(zip(model.parameters(), before, strict=True))
+def _check_loss(model, loss, step):
+    _require_per_run(model, {"loss_fn(model)": loss})
+    _require(loss.requires_grad, "a loss with a gradient", "one without")
+    if not loss.isfinite().all():
+        run = (~loss.isfinite()).nonzero().flatten().tolist()
+        raise FloatingPointError(f"the loss is not finite in run {run} at step {step}")
 
 
 @torch.no_grad()
-def prune_threshold(model, loss_fn, tolerance=0.05, candidates=None):
-    """For every run the largest threshold, (runs,), up to which pruning raises its loss,
-    loss_fn(model) -> (runs,), by no more than the share `tolerance`. `candidates` are the
-    thresholds tried, rising, default 81 from 1e-4 to 1."""
-    candidates = np.geomspace(1e-4, 1, 81) if candidates is None else candidates
+def _measured(model, loss, cost, lamb, metrics):
+    wiring = cost(model)
+    values = {"loss": loss, "cost": wiring, "objective": loss + lamb * wiring}
+    values |= {name: metric(model) for name, metric in metrics.items()}
+    _require_per_run(model, values)
+    return {name: value.detach().cpu() for name, value in values.items()}
+
+
+# ---------------------------------------------------------------- structure (ours)
+# These functions look at what is not zero: prune first, or train with exact=True.
+
+
+@torch.no_grad()
+def prune(model, threshold):
+    """A copy of `model` whose weights, biases and embedding entries of size up to `threshold`, a
+    number or (runs,), are zero."""
+    twin = model.pick(list(range(model.runs)))
+    for p in twin.parameters():
+        p[p.abs() <= _per_run("threshold", threshold, model, p.ndim)] = 0
+    return twin
+
+
+@torch.no_grad()
+def prune_threshold(model, loss_fn, tolerance=0.05):
+    """For every run the largest of 81 thresholds from 1e-4 to 1, (runs,), up to which pruning
+    raises its loss, loss_fn(model) -> (runs,), by no more than the share `tolerance`."""
     allowed = loss_fn(model) * (1 + tolerance)
-    best = torch.zeros_like(allowed)
-    fine = torch.ones_like(allowed, dtype=torch.bool)
-    for threshold in candidates:
-        with pruned(model, float(threshold)):
-            fine &= loss_fn(model) <= allowed
-        best[fine] = float(threshold)
-        if not fine.any():
-            break
+    best, fine = torch.zeros_like(allowed), torch.ones_like(allowed, dtype=torch.bool)
+    for threshold in np.geomspace(1e-4, 1, 81).tolist():
+        fine &= loss_fn(prune(model, threshold)) <= allowed
+        best[fine] = threshold
     return best
 
 
-def wires_between(model):
-    """Every layer with the rows at its ends: a list of (layer, group read, group written). A
-    stream is another row, with another name, at every stage."""
-    groups, stage, wires = model.groups(), Counter(), []
-
-    def row(group):
-        return replace(group, name=[group.name, *group.stages][stage[group] if group.stages else 0])
-
-    for layer in model.layers:
-        source = next(g for g in groups if any(layer is m for m in g.readers))
-        target = next(g for g in groups if any(layer is m for m in g.writers))
-        read = row(source)
-        stage[target] += 1
-        wires.append((layer, read, row(target)))
-    return wires
+def _links(model):
+    """All of `wires()`, as (row read, row written, sum of |w| over folds (runs, written, read),
+    mask of the wires); a neuron of a stream leads to itself at the next stage, with weight 0."""
+    for layer, read, written in model.wires():
+        if layer is None:
+            same = torch.eye(len(model.groups()[read].places), device=model.in_perm.device)
+            same = same.expand(model.runs, -1, -1)
+            yield read, written, 0 * same, same > 0
+        else:
+            size = layer.weight.detach().abs().unflatten(2, (layer.in_folds, -1)).sum(2)
+            size = size.unflatten(1, (layer.out_folds, -1)).sum(1)
+            yield read, written, size, size > 0
 
 
-def rows_of(model):
-    """The rows that pictures and graphs show, name -> `NeuronGroup`, from input to output."""
-    return {group.name: group for _, *ends in wires_between(model) for group in ends}
+def live_neurons(model):
+    """Which neurons lie on a path from input to output, row name -> mask (runs, n), slot by slot.
+    A neuron that only hands on its bias is not live, nor is an input whose embedding is zero."""
+    links = list(_links(model))
+    inputs, outputs = torch.ones_like(model.in_perm) > 0, torch.ones_like(model.out_perm) > 0
+    inputs = inputs if model.embedding is None else (model.embedding != 0).any(1)
+    fed, used = {links[0][0]: inputs}, {links[-1][1]: outputs}
+    for read, written, _, mask in links:
+        fed[written] = (mask & fed[read][:, None]).any(2) | fed.get(written, False)
+    for read, written, _, mask in reversed(links):
+        used[read] = (mask & used[written][:, :, None]).any(1) | used.get(read, False)
+    return {name: fed[name] & used[name] for name in fed}
 
 
-def wiring_graph(model, run=0, threshold=0.0, live=True):
-    """One network as a `networkx.DiGraph`: nodes (row, slot), an edge for every |w| > threshold,
-    its attribute `weight` the sum of |w| over folds. `live` keeps only what lies on a path from
-    the input row (where its embedding is not pruned, too) to the output row. A neuron of a stream
-    leads to itself in the next stage, by an edge of weight 0. `threshold` is a float or (runs,),
-    here as in the functions below."""
-    threshold = _of_run("threshold", threshold, model, run)
-    groups = model.groups()
-    graph = nx.DiGraph()
-    for name, group in rows_of(model).items():
-        graph.add_nodes_from((name, slot) for slot in range(len(group.places)))
-    for group in groups:
-        for before, after in itertools.pairwise(group.stages):
-            for slot in range(len(group.places)):
-                graph.add_edge((before, slot), (after, slot), weight=0.0)
-    for layer, source, target in wires_between(model):
-        size = layer.weight[run].detach().abs()
-        size = torch.where(size > threshold, size, 0)
-        size = size.view(layer.out_folds, len(target.places), layer.in_folds, -1).sum((0, 2))
-        for j, i in size.nonzero().tolist():
-            graph.add_edge((source.name, i), (target.name, j), weight=size[j, i].item())
-    if live:
-        starts = [(groups[0].name, slot) for slot in _fed_slots(model, run, threshold)]
-        ends = [(groups[-1].name, slot) for slot in range(len(groups[-1].places))]
-        graph = graph.subgraph(_reached(graph, starts) & _reached(graph.reverse(copy=False), ends))
+def _graph(model, run):
+    """The live part of a network as a `networkx.DiGraph`: nodes (row, slot), edges with `weight`
+    = |w|."""
+    _require_counts(-model.runs, run=run)
+    model, graph = model.pick(run), nx.DiGraph()
+    live = live_neurons(model)
+    for name, mask in live.items():
+        graph.add_nodes_from((name, slot) for slot in mask[0].nonzero().flatten().tolist())
+    for read, written, size, mask in _links(model):
+        both = mask[0] & live[written][0, :, None] & live[read][0]
+        for j, i in both.nonzero().tolist():
+            graph.add_edge((read, i), (written, j), weight=float(size[0, j, i]))
     return graph
 
 
-def _fed_slots(model, run, threshold):
-    """Slots of the input row that carry a signal: with an embedding, those it writes to."""
-    if model.embedding is None:
-        return range(len(model.groups()[0].places))
-    return (model.embedding[run].abs().amax(0) > threshold).nonzero().flatten().tolist()
-
-
-def _reached(graph, starts):
-    return set().union(*nx.bfs_layers(graph, starts))
-
-
-def live_neurons(model, run=0, threshold=0.0):
-    """Slots of the neurons on an input-to-output path of the pruned network: row name -> list. A
-    neuron that only hands on its bias is not live."""
-    live = sorted(wiring_graph(model, run, threshold))
-    return {row: [slot for name, slot in live if name == row] for row in rows_of(model)}
-
-
-def modules(model, run=0, threshold=0.0, rows=None):
-    """Modules of the pruned network: the connected components of what lies on input-to-output
-    paths, a list of sets of (row, slot), largest first. `rows` names the rows to look at, default
-    all: modules that only meet in the output are found by leaving that row out."""
-    graph = wiring_graph(model, run, threshold)
-    if rows is not None:
-        graph = graph.subgraph(node for node in graph if node[0] in rows)
+def modules(model, run=0, rows=None):
+    """Modules: the connected components of the live neurons, a list of sets of (row, slot), the
+    largest first. `rows` names the rows to look at, default all: modules that meet only in the
+    output are found by leaving that row out."""
+    graph, known = _graph(model, run), list(model.groups())
+    rows = known if rows is None else rows
+    _require(isinstance(rows, list | tuple) and {*rows} <= {*known}, f"a list of {known}", rows)
+    graph = graph.subgraph(node for node in graph if node[0] in rows)
     parts = nx.weakly_connected_components(graph)
     return sorted(parts, key=lambda part: (-len(part), sorted(part)))
 
 
-def inputs_read(model, run=0, threshold=0.0):
+def inputs_read(model, run=0):
     """For every output, in task order, the set of input features (with folds: of the places that
-    the folds share) that reach it after pruning."""
-    graph, groups = wiring_graph(model, run, threshold), model.groups()
-    features, first = groups[0].label[run].tolist(), groups[0].name
-    slots = groups[-1].label[run].argsort().tolist()
-    outputs = [(groups[-1].name, slot) for slot in slots]
-    return [
-        {features[slot] for name, slot in nx.ancestors(graph, node) if name == first}
-        if node in graph
-        else set()
-        for node in outputs
-    ]
+    the folds share) that reach it."""
+    graph, (first, *_, last) = _graph(model, run), model.groups()
+    features, slots = model.in_perm[run].tolist(), model.out_perm[run].argsort().tolist()
+    above = [nx.ancestors(graph, (last, j)) if (last, j) in graph else () for j in slots]
+    return [{features[i] for row, i in nodes if row == first} for nodes in above]
 
 
 @torch.no_grad()
 def wiring_length(model):
     """Total length of the wiring, sum of |w| * distance, (runs,)."""
-    return sum((m.weight.abs() * m.distance).sum((1, 2)) for m in model.layers)
+    return sum((m.weight.abs() * m.distance).flatten(1).sum(1) for m in model.layers)
 
 
 @torch.no_grad()
 def mean_wire(model):
-    """Length of the average wire, weighted by |w|, (runs,)."""
-    return wiring_length(model) / sum(m.weight.abs().sum((1, 2)) for m in model.layers)
+    """Length of the average wire, weighted by |w|, (runs,); 0 without wires."""
+    total = sum(m.weight.abs().flatten(1).sum(1) for m in model.layers)
+    return wiring_length(model) / total.clamp_min(torch.finfo(total.dtype).tiny)
 
 
-def newman_modularity(model, run=0, threshold=0.0, seed=0):
-    """Newman's Q of the best communities that Louvain's method finds in all that pruning leaves,
-    with |w| as weights: a float, 0 for a network without wires."""
-    graph = wiring_graph(model, run, threshold, live=False).to_undirected()
-    if graph.number_of_edges() == 0:
+def newman_modularity(model, run=0, seed=0):
+    """Newman's Q of the best communities that Louvain's method finds in the live network, with |w|
+    as weights: a float, 0 for a network without wires."""
+    graph = _graph(model, run).to_undirected()
+    if graph.size(weight="weight") == 0:
         return 0.0
     return nx.community.modularity(graph, nx.community.louvain_communities(graph, seed=seed))
 
 
 @torch.no_grad()
 def shuffled(model, generator=None):
-    """A null model: a copy of `model` with the weights of each layer in random order, other for
-    every run; biases, embedding and permutations stay. `generator` lives on the CPU."""
-    twin = model.pick(list(range(model.runs)))
-    for layer in twin.layers:
-        weight = layer.weight.flatten(1)
-        order = torch.rand(weight.shape, generator=generator).argsort(1).to(weight.device)
-        layer.weight.copy_(weight.gather(1, order).view_as(layer.weight))
+    """A null model: a copy in which, layer by layer, the wires between live neurons exchange ends
+    and weights at random. Every neuron keeps its numbers of wires, so all live ones stay live.
+    `generator` lives on the CPU."""
+    twin, live = model.pick(list(range(model.runs))), live_neurons(model)
+    for layer, read, written in [wire for wire in twin.wires() if wire[0] is not None]:
+        for run, weight in enumerate(layer.weight):
+            to = live[written][run].repeat(layer.out_folds)
+            wires = (weight * to[:, None] * live[read][run].repeat(layer.in_folds)).nonzero()
+            order = torch.randperm(len(wires), generator=generator)
+            values = weight[wires.unbind(1)][order.to(weight.device)]
+            weight[wires.unbind(1)] = 0
+            weight[_exchange_ends(wires.tolist(), generator)] = values
     return twin
+
+
+def _exchange_ends(wires, generator):
+    """Wires [to, from] after random exchanges, (to, to), (from, from), that make no wire double."""
+    taken = {*map(tuple, wires)}
+    dense = len({j for j, _ in wires}) * len({i for _, i in wires}) == len(wires)
+    tries = 0 if dense else 10 * len(wires)  # where all are joined, nothing can be exchanged
+    pairs = torch.randint(max(1, len(wires)), (tries, 2), generator=generator)
+    for a, b in pairs.tolist():
+        (j, i), (k, h) = wires[a], wires[b]
+        if (j, h) not in taken and (k, i) not in taken:
+            taken -= {(j, i), (k, h)}
+            taken |= {(j, h), (k, i)}
+            wires[a], wires[b] = [j, h], [k, i]
+    return tuple(torch.tensor(wires, dtype=torch.long).view(-1, 2).T)
 
 
 # ---------------------------------------------------------------- pictures
 
 POSITIVE, NEGATIVE = "#2040e0", "#e03020"
-PNG_DPI = 80  # of pictures in widgets
+FOLD = 0.25  # height between the folds of a row; rows are 1 apart
 
 
-def plot_network(
-    model,
-    run=0,
-    ax=None,
-    *,
-    in_labels=None,
-    out_labels=None,
-    row_names=True,
-    threshold=None,
-    strongest=None,
-    width=2.0,
-    dot=12,
-    fontsize=10,
-):
-    """Draw one network, inputs below: dots at the places, a line for every weight of size above
-    `threshold` (default a hundredth of its layer's largest), blue if positive, red if negative,
-    as wide as |w| / max |w| of its layer times `width` points, and at most the `strongest` of each
-    layer. Folds (two tokens; query, key and value from below) make rows of dots of their own, each
-    with its own weights. Stages of a stream are joined by thin grey lines. `in_labels` and
-    `out_labels`, in task order, follow the neurons. Returns the axes."""
+def plot_network(model, run=0, ax=None, *, in_labels=None, out_labels=None, row_names=True,
+                 strongest=None, width=2.0, dot=12, fontsize=10):  # fmt: skip
+    """Draw one network, inputs below: a dot at every place; a line for every weight above a
+    hundredth of its layer's largest, at most the `strongest` of each layer, blue if positive, red
+    if negative, as wide as |w| / max |w| of its layer times `width` points.
+
+    Folds are rows of dots of their own, each with its own wires. The stages of a stream are joined
+    by grey lines. `in_labels` and `out_labels`, in task order, follow the neurons. Returns the
+    axes.
+    """
     ax = plt.subplots(figsize=(5, 4))[1] if ax is None else ax
-    threshold = _of_run("threshold", threshold, model, run)
-    groups, height = model.groups(), {name: y for y, name in enumerate(rows_of(model))}
-    dots = []
-    for layer, source, target in wires_between(model):
-        lower = _fold_positions(source, height, range(layer.in_folds))
-        upper = _fold_positions(target, height, range(layer.out_folds)[::-1])
-        ax.add_collection(_wire_lines(layer.weight[run], lower, upper, threshold, width, strongest))
-        dots += [lower, upper]
-    for group in (group for group in groups if group.stages):
-        ends = [height[group.stages[i]] for i in (0, -1)]
-        ax.vlines(group.places[:, 0].tolist(), *ends, "0.85", lw=0.5, zorder=0)
-    ax.scatter(*np.unique(np.concatenate(dots), axis=0).T, s=dot, c="black", lw=0, zorder=3)
-    low = -0.25 * (groups[0].readers[0].in_folds - 1)
-    _write_labels(ax, groups[0], run, in_labels, low - 0.12, "top", fontsize)
-    _write_labels(ax, groups[-1], run, out_labels, len(height) - 1 + 0.12, "bottom", fontsize)
-    for name, y in height.items() if row_names else ():
-        ax.text(-0.03, y, name, ha="right", va="center", fontsize=fontsize)
-    ax.set(xlim=(-0.02, 1.02), ylim=(low - 0.4, len(height) - 0.6))
+    rows = model.groups()
+    height = {name: y for y, name in enumerate(rows)}
+
+    def dots(name, folds):
+        x = rows[name].places[:, 0].tolist()
+        return np.array([(place, height[name] - FOLD * fold) for fold in folds for place in x])
+
+    for layer, read, written in model.wires():
+        if layer is None:
+            x = dots(read, [0])[:, 0]
+            ax.vlines(x, height[read], height[written], "0.85", lw=0.5, zorder=0)
+            continue
+        ends = dots(read, range(layer.in_folds)), dots(written, range(layer.out_folds)[::-1])
+        ax.add_collection(_lines(layer.weight[run], *ends, strongest, width))
+        ax.scatter(*np.concatenate(ends).T, s=dot, c="black", lw=0, zorder=3)
+    low, top = -FOLD * (model.layers[0].in_folds - 1), len(rows) - 1
+    first, *_, last = rows
+    texts = [(in_labels, model.in_perm, first, low - 0.12, "top")]
+    texts += [(out_labels, model.out_perm, last, top + 0.12, "bottom")]
+    for labels, perm, name, y, va in texts:
+        if labels is not None:
+            _require(len(labels) == perm.shape[1], f"{perm.shape[1]} labels of {name}", len(labels))
+            for (x, _), item in zip(dots(name, [0]), perm[run].tolist(), strict=True):
+                ax.text(x, y, labels[item], ha="center", va=va, fontsize=fontsize)
+    for name in rows if row_names else ():
+        ax.text(-0.03, height[name], name, ha="right", va="center", fontsize=fontsize)
+    ax.set(xlim=(-0.02, 1.02), ylim=(low - 0.4, top + 0.4))
     ax.axis("off")
     return ax
 
 
-def plot_network_3d(
-    model,
-    run=0,
-    ax=None,
-    *,
-    image=None,
-    out_labels=None,
-    threshold=None,
-    strongest=800,
-    width=1.5,
-    dot=8,
-    fontsize=10,
-):
-    """Draw one network whose rows lie in the plane, inputs below, like `plot_network`, but only
-    the `strongest` lines of every layer. `image`, one value per input feature, colours the input
-    dots (white to black). Returns the axes, which are 3-D ones."""
-    ax = plt.figure(figsize=(6, 7)).add_subplot(projection="3d") if ax is None else ax
-    threshold = _of_run("threshold", threshold, model, run)
-    ax.computed_zorder = False  # lines over the input plane, dots over lines
-    groups, rows = model.groups(), rows_of(model)
-    points = {name: _space_positions(group, z) for z, (name, group) in enumerate(rows.items())}
-    for layer, source, target in wires_between(model):
-        ends = points[source.name], points[target.name]
-        lines = _wire_lines(layer.weight[run], *ends, threshold, width, strongest)
-        lines.set(alpha=0.6, zorder=2)
-        if len(lines.get_linewidths()):  # matplotlib cannot draw none in space
-            ax.add_collection3d(lines)
-    for name, places in points.items():
-        plane = {"s": dot, "lw": 0, "depthshade": False, "zorder": 3}
-        if name == groups[0].name and image is not None:
-            shade = 0.15 + torch.as_tensor(image).cpu()[groups[0].label[run].cpu()]
-            plane |= {"c": shade, "cmap": "Greys", "marker": "s", "vmin": 0, "vmax": 1, "zorder": 1}
-        else:
-            plane |= {"c": "black"}
-        ax.scatter(*places.T, **plane)
-    if out_labels is not None:
-        slots = zip(points[groups[-1].name], groups[-1].label[run].tolist(), strict=True)
-        for (x, y, z), item in slots:
-            ax.text(x, y, z + 0.12, out_labels[item], fontsize=fontsize, ha="center")
-    ax.set(xlim=(0, 1), ylim=(1, 0), zlim=(0, len(rows) - 1))
-    ax.set_box_aspect((1, 1, 1.25), zoom=1.15)
-    ax.set_axis_off()
-    return ax
-
-
-def _fold_positions(group, height, levels):
-    """Where a row's dots are in the picture, (folds * n, 2): each fold at its level below."""
-    x, y = group.places[:, 0].cpu().numpy(), height[group.name]
-    return np.concatenate([np.stack([x, np.full(len(x), y - 0.25 * f)], 1) for f in levels])
-
-
-def _space_positions(group, z):
-    """Where a row's dots are in space, (n, 3); a row in a line lies in the middle."""
-    places = group.places.cpu().numpy()
-    y = places[:, 1] if places.shape[1] > 1 else np.full(len(places), 0.5)
-    return np.stack([places[:, 0], y, np.full(len(places), z)], 1)
-
-
-def _wire_lines(weight, lower, upper, threshold, width, strongest=None):
+def _lines(weight, lower, upper, strongest, width):
     """One layer's weights (out, in) as a `LineCollection`, thick lines on top."""
+    _require(strongest is None or strongest >= 1, "strongest from 1", strongest)
+    _require(weight.isfinite().all(), "finite weights", "some that are not")
     weight = weight.detach().cpu().numpy()
     size = np.abs(weight)
-    largest = size.max(initial=0) or 1.0
-    j, i = np.nonzero(size > (0.01 * largest if threshold is None else threshold))
+    largest = size.max() or 1.0
+    j, i = np.nonzero(size > 0.01 * largest)
     order = size[j, i].argsort()[-(strongest or size.size) :]
     j, i = j[order], i[order]
-    collection = LineCollection if lower.shape[1] == 2 else Line3DCollection
-    return collection(
-        np.stack([lower[i], upper[j]], 1),
-        linewidths=width * size[j, i] / largest,
-        colors=np.where((weight[j, i] > 0)[:, None], to_rgba(POSITIVE), to_rgba(NEGATIVE)),
-        capstyle="butt",
-    )
+    colors, widths = np.where(weight[j, i] > 0, POSITIVE, NEGATIVE), width * size[j, i] / largest
+    ends = np.stack([lower[i], upper[j]], 1)
+    return LineCollection(ends, linewidths=widths, colors=colors, capstyle="butt")
 
 
-def _write_labels(ax, group, run, labels, y, va, fontsize):
-    if labels is not None:
-        for x, item in zip(group.places[:, 0].tolist(), group.label[run].tolist(), strict=True):
-            ax.text(x, y, labels[item], ha="center", va=va, fontsize=fontsize)
-
-
-def plot_curves(history, values, ax=None, *, ylabel="", label=None, color=None, log=True):
-    """Median over runs of `values` (logs, runs) with the range as a band, the phases of lamb as
-    dotted lines; `label` and `color` of the line, `log` for a logarithmic axis. Returns the axes.
-    """
+def plot_curves(history, name, ax=None, *, groups=None, colors=None, log=False):
+    """Median over runs of `history[name]` with the range as a band, and the phases of lamb as
+    dotted lines. `groups`, label -> list of runs, draws one such line each; `colors` names their
+    colours. Returns the axes."""
     ax = plt.subplots(figsize=(5, 3))[1] if ax is None else ax
-    values = torch.as_tensor(values)
-    (drawn,) = ax.plot(history.steps, values.quantile(0.5, 1), label=label, color=color)
-    ax.fill_between(
-        history.steps, values.amin(1), values.amax(1), alpha=0.2, color=drawn.get_color(), lw=0
-    )
+    values = history[name].numpy()
+    for label, runs in (groups or {None: slice(None)}).items():
+        part, color = values[:, runs], colors and colors[label]
+        (drawn,) = ax.plot(history.steps, np.median(part, 1), label=label, color=color)
+        band = {"alpha": 0.2, "color": drawn.get_color(), "lw": 0}
+        ax.fill_between(history.steps, part.min(1), part.max(1), **band)
     for step in history.phases:
         ax.axvline(step, color="grey", ls=":", lw=1)
-    ax.set(xlabel="step", ylabel=ylabel, yscale="log" if log else "linear")
+    ax.set(xlabel="step", ylabel=name, yscale="log" if log else "linear")
     return ax
 
 
-def animate(history, draw, path, *, figsize=(6, 4), fps=12, dpi=100):
-    """Film the snapshots: draw(fig, model, step) draws one frame on an empty figure. Writes an
-    H.264 video for .mp4, an animated picture for .gif; a plain name goes where `save_figure`
-    writes. Returns the path."""
-    path = figure_folder() / path
-    _check_choice("the ending of path", path.suffix, (".mp4", ".gif"))
-    with plt.rc_context({"animation.ffmpeg_path": imageio_ffmpeg.get_ffmpeg_exe()}):
-        fig = plt.figure(figsize=figsize)
-        if path.suffix == ".mp4":
-            writer = FFMpegWriter(fps, codec="h264", extra_args=["-pix_fmt", "yuv420p"])
-        else:
-            writer = PillowWriter(fps)
-        with writer.saving(fig, path, dpi):
-            for step in sorted(history.snapshots):
-                fig.clear()
-                draw(fig, history.at(step), step)
-                writer.grab_frame()
+def animate(history, draw, name, *, figsize=(6, 4), fps=12, dpi=100):
+    """Film the snapshots into `figure_folder()`, as .mp4 (H.264) or .gif: draw(fig, model, step)
+    draws one frame on an empty figure. Prints the size of the file. A film that fails leaves an
+    earlier one as it was."""
+    path = figure_folder(name)
+    _require(path.suffix in (".mp4", ".gif"), "a name in .mp4 or .gif", name)
+    part, fig = path.with_name(f"part-{os.getpid()}-{name}"), plt.figure(figsize=figsize)
+    try:
+        with plt.rc_context({"animation.ffmpeg_path": imageio_ffmpeg.get_ffmpeg_exe()}):
+            mp4 = FFMpegWriter(fps, codec="h264", extra_args=["-pix_fmt", "yuv420p"])
+            writer = mp4 if path.suffix == ".mp4" else PillowWriter(fps)
+            with writer.saving(fig, part, dpi):
+                for step in sorted(history.snapshots):
+                    fig.clear()
+                    draw(fig, history.at(step), step)
+                    writer.grab_frame()
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
         plt.close(fig)
-    return path
+    print(f"{name}: {path.stat().st_size / 1e6:.2f} MB")
 
 
-def as_png(draw, figsize=(6, 4)):
-    """The bytes of a PNG of what draw(fig) draws, for widgets that show pictures."""
-    fig, png = plt.figure(figsize=figsize), io.BytesIO()
-    draw(fig)
-    fig.savefig(png, dpi=PNG_DPI)
-    plt.close(fig)
-    return png.getvalue()
-
-
-def explore(history, draw, *, figsize=(6, 4)):
-    """A slider with a play button over the snapshots, each drawn by draw(fig, model, step).
-    Returns a widget, whose first child holds the button and the slider."""
-    import ipywidgets as widgets  # only notebooks need it
-
+def explore(history, draw, *, figsize=(6, 4), dpi=80):
+    """A widget: a slider with a play button over the snapshots, each drawn by draw(fig, model,
+    step). Its first child holds the button and the slider."""
     steps = sorted(history.snapshots)
     play = widgets.Play(max=len(steps) - 1, interval=300, description="play")
     slider = widgets.SelectionSlider(options=steps, value=steps[-1], description="step")
-    picture = widgets.Image(format="png", layout={"width": f"{PNG_DPI * figsize[0]:.0f}px"})
+    picture = widgets.Image(format="png", layout={"width": f"{dpi * figsize[0]:.0f}px"})
 
     def show(_=None):
-        picture.value = as_png(
-            lambda fig: draw(fig, history.at(slider.value), slider.value), figsize
-        )
+        fig, png = plt.figure(figsize=figsize), io.BytesIO()
+        draw(fig, history.at(slider.value), slider.value)
+        fig.savefig(png, dpi=dpi)
+        plt.close(fig)
+        picture.value = png.getvalue()
 
     play.observe(lambda change: setattr(slider, "index", change.new), "value")
     slider.observe(show, "value")
@@ -1257,261 +896,78 @@ def explore(history, draw, *, figsize=(6, 4)):
     return widgets.VBox([widgets.HBox([play, slider]), picture])
 
 
-# ---------------------------------------------------------------- data (ours)
-
-
-class Digits(NamedTuple):
-    """What `load_mnist` returns: a name; the side of the images in pixels; `train` and `test`,
-    each (images (n, side * side) in 0 to 1, labels (n,))."""
-
-    name: str
-    side: int
-    train: tuple
-    test: tuple
-
-
-IDX_FILES = {
-    "train": (60_000, "train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
-    "test": (10_000, "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
-}
-
-
-def load_mnist(folder=None):
-    """The MNIST digits as `Digits`: from the four canonical IDX files, plain or gzipped, in
-    `folder` (default $BIMT_DATA/mnist, else data/mnist; from this module's folder, if relative);
-    else from OpenML, which puts them there; else, without a network, and after saying so, the
-    8x8 digits that come with scikit-learn.
-
-    Raises ValueError for files that are truncated, foreign or mislabelled.
-    """
-    if folder is None:
-        folder = Path(os.environ.get("BIMT_DATA") or "data") / "mnist"
-    folder = Path(__file__).parent / folder
-    missing = [n for _, *names in IDX_FILES.values() for n in names if not _idx_path(folder, n)]
-    if missing:
-        try:
-            fetched = _fetch_mnist()
-        except (OSError, HTTPException) as error:
-            print(f"NOTICE: no {missing[0]} in {folder.name}/ and no download ({error});")
-            print("instead of MNIST, these are the 8x8 digits that come with scikit-learn")
-            return _small_digits()
-        _keep_mnist(folder, *fetched)
-    parts = {}
-    for part, (count, images, labels) in IDX_FILES.items():
-        pixels = _read_idx(_idx_path(folder, images), (count, 28, 28))
-        classes = _read_idx(_idx_path(folder, labels), (count,))
-        if classes.max() > 9:
-            raise ValueError(f"{labels} has class {classes.max()}; allowed are 0 to 9")
-        parts[part] = (
-            torch.from_numpy(pixels.reshape(count, -1)).float() / 255,
-            torch.from_numpy(classes).long(),
-        )
-    return Digits("MNIST", 28, **parts)
-
-
-def _idx_path(folder, name):
-    """The file `name` or `name`.gz, or None."""
-    return next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
-
-
-def _read_idx(path, shape):
-    """A file of unsigned bytes in IDX format, which has to have this shape."""
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} is no whole gzip file: {error}") from error
-    header = _idx_header(shape)
-    if raw[: len(header)] != header or len(raw) != len(header) + math.prod(shape):
-        raise ValueError(
-            f"{path} starts with {raw[: len(header)].hex()} and has {len(raw)} bytes; allowed is "
-            f"{header.hex()} (IDX, unsigned bytes, {shape}) and {len(header) + math.prod(shape)}"
-        )
-    return np.frombuffer(raw, np.uint8, offset=len(header)).reshape(shape).copy()
-
-
-def _idx_header(shape):
-    return bytes([0, 0, 8, len(shape)]) + b"".join(n.to_bytes(4, "big") for n in shape)
-
-
-def _fetch_mnist():
-    """Pixels (70000, 784) and labels (70000,) from OpenML, as bytes, training digits first."""
-    query = {"version": 1, "as_frame": False, "parser": "liac-arff", "n_retries": 1}
-    patience = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)  # seconds without an answer
-    try:
-        with tempfile.TemporaryDirectory() as cache, warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # about the retry
-            found = fetch_openml("mnist_784", data_home=cache, **query)
-    finally:
-        socket.setdefaulttimeout(patience)
-    data, labels = np.asarray(found.data, np.uint8), np.asarray(found.target, np.uint8)
-    total = sum(count for count, *_ in IDX_FILES.values())
-    if data.shape != (total, 784):
-        raise ValueError(f"mnist_784 has shape {data.shape}; allowed is ({total}, 784)")
-    return data, labels
-
-
-def _keep_mnist(folder, data, labels):
-    """Write the four IDX files. A file appears under its name only when it is whole."""
-    folder.mkdir(parents=True, exist_ok=True)
-    n_train = IDX_FILES["train"][0]
-    for part, rows in {"train": slice(n_train), "test": slice(n_train, None)}.items():
-        count, images, classes = IDX_FILES[part]
-        files = [(images, data[rows], (count, 28, 28)), (classes, labels[rows], (count,))]
-        for name, values, shape in files:
-            content = gzip.compress(_idx_header(shape) + values.tobytes())
-            _write_whole(folder / f"{name}.gz", content)
-
-
-def _write_whole(path, content):
-    """Write a file under another name and rename it when it is whole."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".part-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-
-
-def _small_digits():
-    images, labels = load_digits(return_X_y=True)
-    split = train_test_split(images / 16, labels, test_size=0.2, stratify=labels, random_state=0)
-    images, test_images, labels, test_labels = (torch.from_numpy(part) for part in split)
-    return Digits("8x8 digits", 8, (images.float(), labels), (test_images.float(), test_labels))
-
-
 # ---------------------------------------------------------------- figures and claims
 
 
-def figure_folder():
-    """Where figures, videos and claims go: $BIMT_FIGURES (from this module's folder, if relative),
-    else `figures/`. Raises PermissionError if nothing can be written there."""
+def figure_folder(name=""):
+    """The folder for figures, videos and claims, or where its file `name` goes: $BIMT_FIGURES,
+    relative to this module's folder, else `figures`."""
+    plain = isinstance(name, str) and Path(name).name == name
+    _require(plain, "the name of a file, without a folder", repr(name))
     folder = Path(__file__).parent / (os.environ.get("BIMT_FIGURES") or "figures")
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"{folder} is read-only; set BIMT_FIGURES to a folder that is not")
-    return folder
+    if not folder.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+    usable = folder.is_dir() and os.access(folder, os.W_OK)
+    _require(usable, "BIMT_FIGURES to name a folder to write to", folder)
+    return folder / name
 
 
 def save_figure(fig, name):
-    """Write `fig` as name.png and name.pdf into `figure_folder()`; returns the path of the PNG."""
-    path = figure_folder() / f"{name}.png"
-    fig.savefig(path, dpi=160, bbox_inches="tight")
-    fig.savefig(path.with_suffix(".pdf"), bbox_inches="tight", metadata={"CreationDate": None})
-    return path
+    """Write `fig` as name.png and name.pdf into `figure_folder()`."""
+    _require(name, "a name", repr(name))
+    fig.savefig(figure_folder(f"{name}.png"), dpi=160, bbox_inches="tight")
+    creation = {"CreationDate": None}  # the same figure is the same file
+    fig.savefig(figure_folder(f"{name}.pdf"), bbox_inches="tight", metadata=creation)
 
 
 class Claims:
-    """The paper's claims about one figure beside what our runs show.
-
-    A claim holds if it holds in more than half of the runs.
-    """
+    """The paper's claims about one figure, tested in every run: `table` is a pandas frame with one
+    row per claim and run. A notebook shows its summary."""
 
     def __init__(self, figure):
-        self.figure, self.rows = figure, []
+        self.figure, self.table = figure, None
 
-    def add(self, claim, values, held, authors="", unit=""):
-        """One claim: our number in every run, whether it held in every run, the authors' number."""
+    def add(self, claim, values, *, at_least=-math.inf, at_most=math.inf, authors="-"):
+        """One claim: our number in every run; it holds where the number lies within the bounds.
+        `authors` is the authors' number, or what their picture shows."""
         values = np.asarray(values, dtype=float)
-        held = np.asarray(held, dtype=bool)
-        if values.shape != held.shape or values.ndim != 1 or not len(values):
-            raise ValueError(
-                f"values and held have shapes {values.shape} and {held.shape}; allowed is one "
-                "number and one verdict per run"
-            )
-        low, median, high = np.quantile(values, [0, 0.5, 1]).tolist()
-        self.rows.append(
-            {
-                "claim": claim,
-                "authors": str(authors),
-                "median": median,
-                "min": low,
-                "max": high,
-                "unit": unit,
-                "runs": len(held),
-                "held": int(held.sum()),
-            }
-        )
-
-    def verdict(self):
-        """How many of the claims hold, in one line."""
-        held = sum(2 * row["held"] > row["runs"] for row in self.rows)
-        return f"Figure {self.figure}: {held} of {len(self.rows)} claims hold in most runs"
+        fits = values.ndim == 1 and len(values) and np.isfinite(values).all()
+        _require(fits, f"finite numbers, one per run, for {claim!r}", values)
+        rows = {"figure": self.figure, "claim": claim, "authors": str(authors)}
+        rows |= {"at_least": at_least, "at_most": at_most, "run": range(len(values))}
+        rows |= {"value": values, "held": (at_least <= values) & (values <= at_most)}
+        self.table = pd.concat([self.table, pd.DataFrame(rows)], ignore_index=True)
 
     def save(self):
-        """Write claims_figure_N.json beside the figures; returns its path."""
-        path = figure_folder() / f"claims_figure_{self.figure}.json"
-        path.write_text(json.dumps({"figure": self.figure, "claims": self.rows}, indent=1) + "\n")
-        return path
+        """Write `table` to claims_figure_N.json, which `pandas.read_json` reads back."""
+        path = figure_folder(f"claims_figure_{self.figure}.json")
+        self.table.to_json(path, orient="records", indent=1, double_precision=15)
 
-    def _repr_markdown_(self):
-        return claims_table(self.rows)
+    def __repr__(self):
+        return f"claims about Figure {self.figure}"
 
-
-def claims_table(rows):
-    """Claims as a Markdown table."""
-    lines = [
-        "| claim | authors | ours: median [min, max] | held in | verdict |",
-        "|---|---|---|---|---|",
-    ]
-    for row in rows:
-        ours = "{median:.3g} [{min:.3g}, {max:.3g}] {unit}".format(**row).strip()
-        verdict = "held" if 2 * row["held"] > row["runs"] else "**not held**"
-        share = f"{row['held']} of {row['runs']}"
-        lines.append(f"| {row['claim']} | {row['authors'] or '-'} | {ours} | {share} | {verdict} |")
-    return "\n".join(lines)
+    def _repr_html_(self):
+        with pd.option_context("display.max_colwidth", None):
+            return summarise(self.table).to_html(index=False)
 
 
-# ---------------------------------------------------------------- checks of arguments
+def summarise(table):
+    """One row per claim of a table of `Claims`: ours is "median [lowest, highest]"; "share" is the
+    90 % Wilson interval of the share of runs in which it held; the verdict is "held" or "not held"
+    where that lies on one side of one half, else "undecided"."""
 
+    def summary(part):
+        held, n = int(part.held.sum()), len(part)
+        share = binomtest(held, n).proportion_ci(0.9, method="wilson")
+        verdict = "held" if share.low > 0.5 else "not held" if share.high < 0.5 else "undecided"
+        low, middle, high = part.value.quantile([0, 0.5, 1])
+        return {
+            **part.iloc[0][["claim", "authors"]],
+            "ours": f"{middle:.3g} [{low:.3g}, {high:.3g}]",
+            "held in": f"{held} of {n}",
+            "share": f"{share.low:.2f} to {share.high:.2f}",
+            "verdict": verdict,
+        }
 
-def _check_count(name, value, least=1):
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} is {value!r}; allowed are whole numbers from {least}")
-
-
-def _check_run(model, run):
-    if not isinstance(run, int | np.integer) or not -model.runs <= run < model.runs:
-        raise ValueError(f"run is {run!r}; allowed are whole numbers below {model.runs}")
-
-
-def _check_sequence(name, value, length=None):
-    if not isinstance(value, tuple | list | set | range) or len(value) != (length or len(value)):
-        raise ValueError(f"{name} is {value!r}; allowed is a tuple of {length or 'some'} numbers")
-
-
-def _check_choice(name, value, allowed):
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
-
-
-def _check_places(name, places, count=None, dims=None):
-    """Places are (n, d); `count` and `dims` fix n and d."""
-    shape = tuple(getattr(places, "shape", ()))
-    fits = len(shape) == 2 and min(shape) > 0 and bool(np.isfinite(np.asarray(places)).all())
-    if not fits or (count or shape[0]) != shape[0] or (dims or shape[1]) != shape[1]:
-        raise ValueError(
-            f"{name} has shape {shape}; allowed is ({count or 'n'}, {dims or 'd'}), finite"
-        )
-
-
-def _check_mask(name, mask, model):
-    """A boolean mask of runs on the model's device; None means all."""
-    device = model.layers[0].weight.device
-    if mask is None:
-        return torch.ones(model.runs, dtype=torch.bool, device=device)
-    mask = torch.as_tensor(mask, device=device)
-    if mask.shape != (model.runs,) or mask.dtype != torch.bool:
-        raise ValueError(
-            f"{name} is {mask.dtype} of shape {tuple(mask.shape)}; allowed is bool ({model.runs},)"
-        )
-    return mask
-
-
-def _check_finite(model):
-    for name, p in model.named_parameters():
-        if not p.isfinite().all():
-            run = (~p.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
-            raise ValueError(f"{name} is not finite in run {run}; allowed are finite weights")
+    groups = table.groupby(["figure", "claim"], sort=False)
+    return pd.DataFrame([summary(part) for _, part in groups])

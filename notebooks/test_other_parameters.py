@@ -12,7 +12,8 @@ FOLDER = Path(__file__).parent
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 OVERRIDES = "SEED, RUNS, STEPS, DEVICE, FRAMES = 7, 1, 30, 'cpu', 2"
 INTERRUPT = """
-import itertools, torch
+LAMB = 0.01  # a plain number in place of phases
+import itertools
 
 def interrupted_once(usual_step, count):  # names of its own: notebooks have a `count`, too
     def step(*args, **kwargs):
@@ -21,7 +22,7 @@ def interrupted_once(usual_step, count):  # names of its own: notebooks have a `
         return usual_step(*args, **kwargs)
     return step
 
-torch.optim.AdamW.step = interrupted_once(torch.optim.AdamW.step, itertools.count())
+bimt.PricedAdam.step = interrupted_once(bimt.PricedAdam.step, itertools.count())
 """
 
 

@@ -31,5 +31,6 @@ def definitions(stem, before="## Training", **parameters):
 def _defines(node):
     if isinstance(node, ast.Assign):
         constant = ast.List | ast.Constant | ast.Load
-        return all(isinstance(part, constant) for part in ast.walk(node.value))
-    return isinstance(node, ast.Import | ast.ImportFrom | ast.FunctionDef)
+        named = all(isinstance(target, ast.Name) for target in node.targets)
+        return named and all(isinstance(part, constant) for part in ast.walk(node.value))
+    return isinstance(node, ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef)

@@ -1,30 +1,22 @@
-"""The MNIST loader: small counterfeits of the four files, faults, and the announced fallback."""
+"""The MNIST loader and the picture in space that the notebook of Figure 8 defines: counterfeits of
+the four files, faults, and the announced fallback."""
 
 import gzip
-import urllib.error
-from types import SimpleNamespace
+import hashlib
 
+import matplotlib.pyplot as plt
 import numpy as np
+import pooch
 import pytest
-import sklearn.datasets
 import torch
+from mpl_toolkits.mplot3d.art3d import Line3DCollection
+from notebook_cells import definitions
+from reference import generator
 
-import bimt_utils
-from bimt_utils import load_mnist
+from bimt_utils import EmbeddedMLP, grid, ring, swap_neurons
 
-NAMES = [name for _, *names in bimt_utils.IDX_FILES.values() for name in names]
-
-
-@pytest.fixture(autouse=True)
-def few_digits(monkeypatch):
-    """Let the canonical files have 20 and 10 digits, so that tests are quick."""
-    monkeypatch.setitem(bimt_utils.IDX_FILES, "train", (20, *NAMES[:2]))
-    monkeypatch.setitem(bimt_utils.IDX_FILES, "test", (10, *NAMES[2:]))
-    monkeypatch.setattr(bimt_utils, "fetch_openml", offline)
-
-
-def offline(*args, **kwargs):
-    raise urllib.error.URLError("no network")
+NOTEBOOK = definitions("mnist_3.5", before="Offline and without the files")
+NAMES = list(NOTEBOOK["MD5"])
 
 
 def idx(values):
@@ -39,6 +31,18 @@ def contents():
     return [random.integers(0, 256 if len(s) > 1 else 10, s) for s in shapes]
 
 
+def offline(*args, **kwargs):
+    raise OSError("no network")
+
+
+@pytest.fixture(autouse=True)
+def few_digits(monkeypatch):
+    """Let the canonical files be those of `contents`, so that tests are quick."""
+    sums = [hashlib.sha256(idx(values)).hexdigest() for values in contents()]
+    monkeypatch.setitem(NOTEBOOK, "SHA256", sums)
+    monkeypatch.setattr(pooch, "retrieve", offline)
+
+
 @pytest.fixture
 def folder(tmp_path):
     for name, values in zip(NAMES, contents(), strict=True):
@@ -46,153 +50,141 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_the_real_sizes():
-    sizes = {"train": 60_000, "test": 10_000}
-    assert (
-        bimt_utils._idx_header((sizes["train"], 28, 28)).hex() == "000008030000ea600000001c0000001c"
-    )
-    assert bimt_utils._idx_header((sizes["test"],)).hex() == "0000080100002710"
+def load(folder):
+    return NOTEBOOK["load_mnist"](folder)
 
 
-@pytest.mark.parametrize("zipped", [False, True])
-def test_reads_plain_and_zipped_files(folder, zipped):
-    if zipped:
+@pytest.mark.parametrize("level", [None, 1, 9])
+def test_reads_plain_and_zipped_files(folder, level):
+    if level:  # files are judged by what is in them, however they were compressed
         for name in NAMES:
-            (folder / f"{name}.gz").write_bytes(gzip.compress((folder / name).read_bytes()))
+            packed = gzip.compress((folder / name).read_bytes(), level)
+            (folder / f"{name}.gz").write_bytes(packed)
             (folder / name).unlink()
-    digits = load_mnist(folder)
-    images, labels, _, test_labels = contents()
-    assert (digits.name, digits.side) == ("MNIST", 28)
-    assert torch.equal(digits.train[0], torch.from_numpy(images).reshape(20, 784).float() / 255)
-    assert torch.equal(digits.train[1], torch.from_numpy(labels))
-    assert torch.equal(digits.test[1], torch.from_numpy(test_labels))
+    name, side, train, test = load(folder)
+    images, labels, test_images, test_labels = contents()
+    assert (name, side) == ("MNIST", 28)
+    for (x, y), (a, b) in ((train, (images, labels)), (test, (test_images, test_labels))):
+        assert torch.equal(x, torch.from_numpy(a).reshape(-1, 784).float() / 255)
+        assert torch.equal(y, torch.from_numpy(b))
 
 
-def test_finds_the_folder_of_the_environment(folder, monkeypatch):
-    (folder / "mnist").mkdir()
-    for name in NAMES:
-        (folder / name).rename(folder / "mnist" / name)
-    monkeypatch.setenv("BIMT_DATA", str(folder))
-    assert len(load_mnist().train[0]) == 20
+def zipped(content):
+    return gzip.compress(content)
 
 
-def broken(kind, whole):
-    return {
-        "truncated": whole[:-1],
-        "too long": whole + b"0",
-        "empty": b"",
-        "foreign": b"<html>" + whole[6:],
-        "signed": whole[:2] + b"\x09" + whole[3:],
-        "mislabelled": idx(np.zeros((10, 28, 14))),
-    }[kind]
+FAULTS = {
+    "empty": lambda whole: b"",
+    "truncated": lambda whole: whole[:-1],
+    "longer": lambda whole: whole + b"\0",
+    "one bit": lambda whole: whole[:-1] + bytes([whole[-1] ^ 1]),
+    "web page": lambda whole: b"<html>not found</html>",
+    "gzip of another": lambda whole: zipped(whole[:-1]),
+    "half a gzip": lambda whole: zipped(whole)[:-20],
+    "damaged gzip": lambda whole: zipped(whole)[:30] + b"damage" + zipped(whole)[36:],
+}
 
 
-@pytest.mark.parametrize(
-    "kind", ["truncated", "too long", "empty", "foreign", "signed", "mislabelled"]
-)
+@pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("name", NAMES)
-def test_files_that_are_not_what_they_claim(folder, kind, name):
-    (folder / name).write_bytes(broken(kind, (folder / name).read_bytes()))
-    with pytest.raises(ValueError, match=name):
-        load_mnist(folder)
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_any_other_content_is_refused(folder, fault, name, ending):
+    whole = (folder / name).read_bytes()
+    (folder / name).unlink()
+    (folder / f"{name}{ending}").write_bytes(FAULTS[fault](whole))
+    with pytest.raises(ValueError, match=f"expected .*{name}"):
+        load(folder)
 
 
-@pytest.mark.parametrize("damage", [lambda raw: raw[:-9], lambda raw: b"PK" + raw, lambda raw: b""])
-def test_broken_gzip(folder, damage):
-    whole = gzip.compress((folder / NAMES[0]).read_bytes())
-    (folder / NAMES[0]).unlink()
-    (folder / f"{NAMES[0]}.gz").write_bytes(damage(whole))
-    with pytest.raises(ValueError, match=NAMES[0]):
-        load_mnist(folder)
+def test_without_a_network_the_small_digits_and_a_notice(tmp_path, capsys):
+    name, side, (images, labels), (test_images, test_labels) = load(tmp_path / "mnist")
+    assert str(tmp_path / "mnist") in capsys.readouterr().out  # defect 31
+    assert (name, side) == ("8x8 digits", 8)
+    assert images.shape[1] == test_images.shape[1] == 64
+    assert 0 <= images.min() <= images.max() <= 1
+    assert set(labels.tolist()) == set(test_labels.tolist()) == set(range(10))
 
 
-def test_images_in_place_of_labels(folder):
-    (folder / NAMES[1]).write_bytes((folder / NAMES[0]).read_bytes())
-    with pytest.raises(ValueError, match=NAMES[1]):
-        load_mnist(folder)
-
-
-def test_labels_beyond_nine(folder):
-    (folder / NAMES[3]).write_bytes(idx(np.full(10, 10)))
-    with pytest.raises(ValueError, match="allowed are 0 to 9"):
-        load_mnist(folder)
-
-
-@pytest.mark.parametrize("error", [urllib.error.URLError("no network"), TimeoutError("slow")])
-def test_without_files_and_network_it_says_so_and_falls_back(tmp_path, monkeypatch, capsys, error):
-    def fetch(*args, **kwargs):
+@pytest.mark.parametrize("error", [ValueError("hash differs"), OSError("404")])
+def test_an_answer_that_is_not_the_file(folder, monkeypatch, capsys, error):  # defect 5
+    def answer(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(bimt_utils, "fetch_openml", fetch)
-    digits = load_mnist(tmp_path / "nowhere")
+    (folder / NAMES[0]).unlink()
+    monkeypatch.setattr(pooch, "retrieve", answer)
+    assert load(folder)[0] == "8x8 digits"
     assert "NOTICE" in capsys.readouterr().out
-    assert (digits.side, len(digits.train[0]) + len(digits.test[0])) == (8, 1797)
-    assert digits.train[0].shape[1] == 64
-    assert 0 <= digits.train[0].min() < digits.train[0].max() == 1
-    assert digits.train[1].dtype == torch.int64
-    assert not (tmp_path / "nowhere").exists()
 
 
-def openml(*args, **kwargs):
-    images, labels, test_images, test_labels = contents()
-    return SimpleNamespace(
-        data=np.concatenate([images, test_images]).reshape(30, 784).astype(float),
-        target=np.concatenate([labels, test_labels]).astype(str).astype(object),
-    )
+@pytest.mark.parametrize("writable", [True, False])
+def test_what_is_missing_is_fetched(folder, tmp_path_factory, monkeypatch, writable):  # defect 30
+    cache = tmp_path_factory.mktemp("cache")
+    whole = (folder / NAMES[3]).read_bytes()
+    (folder / NAMES[3]).unlink()
+    asked = []
+
+    def retrieve(url, known_hash, fname, path):
+        asked.append((url, known_hash))
+        target = (folder if str(path) == str(folder) else cache) / fname
+        target.write_bytes(gzip.compress(whole))
+        return str(target)
+
+    monkeypatch.setattr(pooch, "retrieve", retrieve)
+    monkeypatch.setattr(NOTEBOOK["os"], "access", lambda *args: writable)
+    assert load(folder)[0] == "MNIST"
+    md5 = NOTEBOOK["MD5"][NAMES[3]]
+    assert asked == [(f"{NOTEBOOK['SERVER']}{NAMES[3]}.gz", f"md5:{md5}")]
+    assert (folder / f"{NAMES[3]}.gz").exists() == writable
 
 
-@pytest.fixture
-def online(monkeypatch):
-    monkeypatch.setattr(bimt_utils, "fetch_openml", openml)
+# ---------------------------------------------------------------- the picture in space
 
 
-@pytest.mark.usefixtures("online")
-def test_a_download_is_kept_and_read_again(tmp_path, monkeypatch):
-    first = load_mnist(tmp_path / "mnist")
-    monkeypatch.setattr(bimt_utils, "fetch_openml", offline)
-    again = load_mnist(tmp_path / "mnist")
-    assert torch.equal(first.train[0], again.train[0])
-    assert torch.equal(again.test[1], torch.from_numpy(contents()[3]))
-    assert sorted(p.name for p in (tmp_path / "mnist").iterdir()) == sorted(
-        f"{n}.gz" for n in NAMES
-    )
+def cube(**kwargs):
+    places = [grid(3), grid(2), ring(4)]
+    return EmbeddedMLP((9, 4, 4), places=places, generator=generator(), **kwargs)
 
 
-@pytest.mark.usefixtures("online")
-@pytest.mark.parametrize("written", range(4))
-def test_a_download_killed_half_way_leaves_no_half_files(tmp_path, monkeypatch, written):
-    replace, done = bimt_utils.os.replace, []
-
-    def killed(source, target):
-        if len(done) == written:
-            raise KeyboardInterrupt
-        done.append(target)
-        replace(source, target)
-
-    monkeypatch.setattr(bimt_utils.os, "replace", killed)
-    with pytest.raises(KeyboardInterrupt):
-        load_mnist(tmp_path / "mnist")
-    assert len(list((tmp_path / "mnist").iterdir())) == written
-    monkeypatch.undo()
-    monkeypatch.setattr(bimt_utils, "fetch_openml", openml)
-    monkeypatch.setitem(bimt_utils.IDX_FILES, "train", (20, *NAMES[:2]))
-    monkeypatch.setitem(bimt_utils.IDX_FILES, "test", (10, *NAMES[2:]))
-    assert len(load_mnist(tmp_path / "mnist").train[0]) == 20
+def space():
+    return plt.figure().add_subplot(projection="3d")
 
 
-@pytest.mark.filterwarnings("error")
-def test_scikit_learn_understands_what_it_is_asked(tmp_path, monkeypatch, capsys):
-    """The real `fetch_openml`, with nothing but the network taken away."""
-    monkeypatch.setattr(bimt_utils, "fetch_openml", sklearn.datasets.fetch_openml)
-    monkeypatch.setattr(sklearn.datasets._openml, "urlopen", offline)
-    assert load_mnist(tmp_path).side == 8
-    assert "no network" in capsys.readouterr().out
-    assert list(tmp_path.iterdir()) == []
+def drawn_lines(ax):
+    return [c for c in ax.collections if isinstance(c, Line3DCollection)]
 
 
-def test_a_download_of_something_else(tmp_path, monkeypatch):
-    wrong = SimpleNamespace(data=np.zeros((5, 784)), target=np.zeros(5))
-    monkeypatch.setattr(bimt_utils, "fetch_openml", lambda *a, **k: wrong)
-    with pytest.raises(ValueError, match="mnist_784 has shape"):
-        load_mnist(tmp_path / "mnist")
-    assert not (tmp_path / "mnist").exists()
+def test_every_wire_joins_the_places_of_its_neurons():
+    model, ax = cube(), space()
+    NOTEBOOK["plot_network_3d"](model, 0, ax)
+    places = [group.places for group in model.groups().values()]
+    for z, (layer, lines) in enumerate(zip(model.layers, drawn_lines(ax), strict=True)):
+        weight = layer.weight[0].detach().abs()
+        strong = (weight > 0.01 * weight.max()).nonzero().tolist()
+        wires = {(*places[z][i].tolist(), z, *places[z + 1][j].tolist(), z + 1) for j, i in strong}
+        segments = {tuple(np.ravel(segment).tolist()) for segment in lines._segments3d}
+        assert np.allclose(sorted(segments), sorted(wires))
+
+
+def test_the_image_and_the_labels_follow_the_neurons():
+    model, ax = cube(), space()
+    while swap_neurons(model, 9) > 0:
+        pass
+    image, labels = torch.rand(9, generator=generator()), ["a", "b", "c", "d"]
+    NOTEBOOK["plot_network_3d"](model, 0, ax, image=image, out_labels=labels)
+    shade = ax.collections[-2].get_array()
+    assert np.allclose(shade, 0.15 + image[model.in_perm[0]])
+    texts = [text.get_text() for text in ax.texts]
+    assert texts == [labels[item] for item in model.out_perm[0].tolist()]
+
+
+def test_strongest_wires_only():
+    ax = space()
+    NOTEBOOK["plot_network_3d"](cube(), 0, ax, strongest=5)
+    assert [len(lines._segments3d) for lines in drawn_lines(ax)] == [5, 5]
+
+
+def test_rows_that_do_not_fit_are_refused():  # defect 8
+    folded = EmbeddedMLP((18, 4), in_folds=2, places=[grid(3), grid(2)])
+    for model in (folded, EmbeddedMLP((3, 4))):
+        with pytest.raises(ValueError, match="expected rows in the plane"):
+            NOTEBOOK["plot_network_3d"](model, 0, space())

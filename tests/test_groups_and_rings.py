@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from notebook_cells import definitions
 from reference import arrange
 
-from bimt_utils import EmbeddedMLP, modules
+from bimt_utils import EmbeddedMLP, modules, prune
 
 elements, seeds = st.integers(0, 23), st.integers(0, 10_000)
 
@@ -340,20 +340,21 @@ def plant(model, run, count, rng, faint=0.0):
     row in random order. Neurons of no module are dead ends: they read everyone, and nobody reads
     them. Wires that should not be are `faint`. Returns the modules as sets of (row, slot)."""
     groups, parts = model.groups(), [set() for _ in range(count)]
-    rows = [np.r_[:count, rng.integers(-1, count, len(g.places) - count)] for g in groups[:-1]]
-    rows.append(np.full(len(groups[-1].places), -1))
+    *inner, last = [len(group.places) for group in groups.values()]
+    rows = [np.r_[:count, rng.integers(-1, count, n - count)] for n in inner]
+    rows.append(np.full(last, -1))
     for layer, (below, above) in zip(model.layers, itertools.pairwise(rows), strict=True):
         wired = (below >= 0) & ((above[:, None] == below) | (above[:, None] == -1))
         size = rng.uniform(0.5, 1, layer.weight[run].shape)
         size[~np.tile(wired, layer.in_folds)] *= faint
         signs = rng.choice([-1, 1], size.shape)
         layer.weight.data[run] = torch.tensor(size * signs)
-    for group, owner in zip(groups, rows, strict=True):
+    for (name, group), owner in zip(groups.items(), rows, strict=True):
         order = rng.permutation(len(owner))
         arrange(group, run, order)
         for slot, part in enumerate(owner[order]):
             if part >= 0:
-                parts[part].add((group.name, slot))
+                parts[part].add((name, slot))
     return parts
 
 
@@ -365,22 +366,20 @@ def planted(seed, faint=(0.0, 0.0)):
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_planted_modules_are_found(adding, monkeypatch, seed):
+def test_planted_modules_are_found(adding, seed):
     model, parts = planted(seed, faint=(0.05, 0.4))
-    monkeypatch.setitem(adding, "model", model)
-    monkeypatch.setitem(adding, "threshold", torch.tensor([0.05, 0.4]))
+    pruned = prune(model, torch.tensor([0.05, 0.4]))
     for run, expected in enumerate(parts):
-        by_module = modules(model, run, adding["threshold"], rows=adding["BELOW"])
-        assert {frozenset(part) for part in by_module} == {frozenset(part) for part in expected}
-        found = adding["find_modules"](run)
-        assert {frozenset(part) for part in found} == {frozenset(part) for part in expected}
-        middles = [np.mean(adding["slots"](part)) for part in found]
+        found = adding["find_modules"](pruned, run)
+        assert {frozenset(part) for part in found.values()} == {frozenset(p) for p in expected}
+        assert "".join(found) == "ABCD"[: len(expected)]
+        middles = [np.mean(adding["slots"](part)) for part in found.values()]
         assert middles == sorted(middles)
-        for part in found:
+        for part in found.values():
             assert adding["slots"](part) == sorted(s for row, s in part if row == "input")
             assert adding["slots"](part, "A2") == sorted(s for row, s in part if row == "A2")
-        assert len(modules(model, run, 0.0, rows=adding["BELOW"])) == 1
-        assert len(modules(model, run, adding["threshold"])) == 1  # they meet in the output
+        assert len(modules(model, run, rows=adding["BELOW"])) == 1
+        assert len(modules(pruned, run)) == 1  # they meet in the output
 
 
 def everything(model):
@@ -395,7 +394,7 @@ def test_all_modules_together_are_the_whole_network(adding, seed):
     model, parts = planted(seed)
     whole, before = everything(model), model.embedding.detach().clone()
     for run in range(2):
-        together = everything(adding["keep"](model, run, [sorted(part) for part in parts[run]]))
+        together = everything(adding["keep"](model, run, parts[run]))
         assert torch.allclose(together[0], whole[run], atol=1e-5)
     assert torch.equal(model.embedding, before)
 
@@ -405,7 +404,7 @@ def test_a_module_that_is_off_has_its_wires_cut(adding, seed):
     model, parts = planted(seed)
     for run in range(2):
         for off in parts[run]:
-            kept = [sorted(part) for part in parts[run] if part is not off]
+            kept = [part for part in parts[run] if part is not off]
             cut = model.pick(run)
             for slot in (slot for row, slot in off if row == "input"):
                 cut.layers[0].weight.data[0, :, [slot, 8 + slot]] = 0
@@ -415,19 +414,18 @@ def test_a_module_that_is_off_has_its_wires_cut(adding, seed):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_separate_modules_add_their_logits(adding, monkeypatch, seed):
+def test_separate_modules_add_their_logits(adding, seed):
     model, _ = planted(seed)
-    parts = [plant(model, 0, 3, np.random.default_rng(seed))]
-    monkeypatch.setitem(adding, "model", model)
-    monkeypatch.setitem(adding, "parts", [[sorted(part) for part in run] for run in parts])
-    assert adding["additivity"](0) == pytest.approx(1, abs=1e-9)
-    table = adding["committee"](0)
-    assert set(table) == {"A", "B", "C", "AB", "AC", "BC", "ABC"}
-    assert table["ABC"] == [adding["score"](model, part)[0].item() for part in adding["DATA"]]
-    into, out_of = (adding["slots"](sorted(parts[0][n]), row) for n, row in ((0, "A2"), (1, "A1")))
+    found = dict(zip("ABC", plant(model, 0, 3, np.random.default_rng(seed)), strict=True))
+    assert adding["additivity"](model, 0, found) == pytest.approx(1, abs=1e-9)
+    table = adding["committee"](model, 0, found)
+    assert set(table.index) == {"none", "A", "B", "C", "AB", "AC", "BC", "ABC"}
+    for part in adding["DATA"]:
+        assert table.loc["ABC", part] == adding["score"](model, part)[0].item()
+    into, out_of = adding["slots"](found["A"], "A2"), adding["slots"](found["B"], "A1")
     for slot in into:  # now module A reads module B
         model.layers[1].weight.data[0, slot, out_of] = 1.0
-    assert adding["additivity"](0) < 0.999
+    assert adding["additivity"](model, 0, found) < 0.999
 
 
 def test_each_module_has_the_ring_that_was_planted(adding):
