@@ -474,8 +474,8 @@ class History:
         return self.model
 
     def _keep(self, step, model):
-        state = model.state_dict().items()
-        self.snapshots[step] = {name: tensor.detach()[self.kept].cpu() for name, tensor in state}
+        state = {n: t.detach()[self.kept].cpu() for n, t in model.state_dict().items()}
+        self.snapshots.setdefault(step, state)  # an interrupt may come before `done` is counted
 
 
 def train(model, loss_fn, *, steps, lr, lamb, cost=connection_cost, swap=swap_neurons,

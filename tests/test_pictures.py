@@ -62,7 +62,7 @@ def test_a_line_for_every_weight(model, strongest):
     [(new_model((4, 3, 2), in_folds=2), 0, (0, -0.25), (1,)), (ref.Stream(), 1, (1,), (1.75, 2))],
 )
 def test_lines_lead_from_neuron_to_neuron_and_fold_to_fold(model, number, below, above):  # defect 8
-    layer = model.layers[number]
+    layer = ref.thinned(model, 3, 0.3).layers[number]
     size, n, m = layer.weight[0].abs(), len(layer.in_places), len(layer.out_places)
     wires = (size > 0.01 * size.max()).nonzero().tolist()
     wanted = [

@@ -121,7 +121,7 @@ def test_pruning_makes_a_copy():
 
 @pytest.mark.parametrize("tolerance", [0.0, 0.05, 1.0])
 def test_prune_threshold_equals_a_search(tolerance):
-    model = ref.Stream(runs=3).double()
+    model = ref.Stream(runs=2).double()
     x, before = ref.some_input(model), copy.deepcopy(model)
     found = bimt.prune_threshold(model, lambda m: (m(x) - 1).square().mean((1, 2)), tolerance)
     for run in range(model.runs):

