@@ -283,7 +283,8 @@ class EmbeddedMLP(EmbeddedModel):
 
 def _rearranged(tensor, axis, order, folds=1):
     """`tensor` (runs, ...) along `axis`, in every fold: slot s gets what is in slot order[r, s]."""
-    index = torch.cat([order + f * order.shape[1] for f in range(folds)], 1)
+    n = order.shape[1]
+    index = order if folds == 1 else torch.cat([order + f * n for f in range(folds)], 1)
     index = index.view(len(index), *[1] * (axis - 1), -1, *[1] * (tensor.ndim - axis - 1))
     return tensor.gather(axis, index.expand_as(tensor))
 
@@ -351,10 +352,10 @@ def swap_neurons(model, top_k=5, *, reduce="sum", method="greedy", mask=None):
         if group.movable:
             table, score = _slot_costs(group, reduce)
             order = _greedy(table, score, top_k) if method == "greedy" else _optimal(table)
-            order[~mask.numpy()] = np.arange(order.shape[1])
-            for run, slots in enumerate(order):
-                fall[run] += np.trace(table[run]) - np.trace(table[run][slots])
-            if (order != np.arange(order.shape[1])).any():
+            run, slot = np.arange(model.runs)[:, None], np.arange(order.shape[1])
+            order[~mask.numpy()] = slot
+            fall += (table[run, slot, slot] - table[run, order, slot]).sum(1)
+            if (order != slot).any():
                 _rearrange(group, torch.from_numpy(order).to(score.device))
     return torch.from_numpy(fall).to(model.layers[0].weight)
 
@@ -557,13 +558,14 @@ class PricedAdam:
     def __init__(self, model, lr, exact=False, betas=(0.9, 0.999), eps=1e-8):
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.lr, self.exact, self.betas, self.eps, self.steps = lr, exact, betas, eps, 0
-        p = nn.utils.parameters_to_vector(self.parameters).detach()
-        self.prices, self.m, self.v = torch.zeros_like(p).repeat(3, 1)
+        self.p = nn.utils.parameters_to_vector(self.parameters).detach()
+        nn.utils.vector_to_parameters(self.p, self.parameters)  # now they are parts of self.p
+        self.prices, self.m, self.v = torch.zeros_like(self.p).repeat(3, 1)
 
     @torch.no_grad()
     def step(self):
         self.steps += 1
-        (b1, b2), c, p = self.betas, self.prices, nn.utils.parameters_to_vector(self.parameters)
+        (b1, b2), c, p = self.betas, self.prices, self.p
         grads = [torch.zeros_like(q) if q.grad is None else q.grad for q in self.parameters]
         g = nn.utils.parameters_to_vector(grads)
         h = torch.addcmul(g, c, p.sign())
@@ -575,7 +577,6 @@ class PricedAdam:
         if self.exact:
             shrink = self.lr * c / d
             p -= p.clamp(-shrink, shrink)
-        nn.utils.vector_to_parameters(p, self.parameters)
 
 
 def _prices(model, cost, lamb):
