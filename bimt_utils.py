@@ -52,7 +52,8 @@ def _require(condition, expected, got):
 def _require_counts(least, **counts):
     for name, value in counts.items():
         whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-        _require(whole and value >= least, f"{name} to be a whole number from {least}", repr(value))
+        fits = whole and value >= least
+        _require(fits, f"{name} to be a whole number of at least {least}", repr(value))
 
 
 # ---------------------------------------------------------------- places (paper, section 2)
@@ -66,7 +67,8 @@ def line(n):
 
 def grid(height, width=None):
     """Places of `height` x `width` neurons in the unit square, (n, 2), row-major, x fastest."""
-    y, x = torch.meshgrid(line(height)[:, 0], line(width or height)[:, 0], indexing="ij")
+    width = height if width is None else width
+    y, x = torch.meshgrid(line(height)[:, 0], line(width)[:, 0], indexing="ij")
     return torch.stack([x.flatten(), y.flatten()], 1)
 
 
@@ -111,7 +113,7 @@ class EmbeddedLinear(nn.Module):
 class NeuronGroup:
     """Neurons that trade places with each other. They are outputs of the layers `writers` (also
     of an embedding (runs, tokens, dim)) and inputs of the layers `readers`; the permutation buffer
-    `label` (runs, n) rides along. Swaps leave a group alone that is not `movable`."""
+    `label` (runs, n) rides along. A group that is not `movable` is never swapped."""
 
     writers: list = field(default_factory=list)
     readers: list = field(default_factory=list)
