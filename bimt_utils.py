@@ -49,6 +49,11 @@ def _require(condition, expected, got):
         raise ValueError(f"expected {expected}, got {got}")
 
 
+def _require_finite(model):
+    finite = all(p.isfinite().all() for p in model.parameters())
+    _require(finite, "finite weights", "some that are not")
+
+
 def _require_counts(least, **counts):
     for name, value in counts.items():
         whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
@@ -243,7 +248,8 @@ class EmbeddedMLP(EmbeddedModel):
         _require(counts[0] * in_folds == shape[0], f"in_folds to divide {shape[0]}", in_folds)
         places = [line(n) for n in counts] if places is None else list(places)
         _require([len(row) for row in places] == counts, f"places for rows of {counts}", places)
-        _require({*frozen} <= {*range(len(counts))}, f"rows below {len(counts)}", frozen)
+        fits = isinstance(frozen, tuple | list | set) and {*frozen} <= {*range(len(counts))}
+        _require(fits, f"frozen to list rows below {len(counts)}", frozen)
         folds = [in_folds] + [1] * (len(counts) - 2)
         super().__init__(
             EmbeddedLinear(*ends, in_folds=f, runs=runs, generator=generator)
@@ -292,11 +298,11 @@ def _rearranged(tensor, axis, order, folds=1):
 
 
 def _per_run(name, value, model, ndim=1):
-    """A number or (runs,), finite and from 0, with `ndim` axes, the first for runs."""
+    """A number or (runs,), finite and not negative, with `ndim` axes, the first for runs."""
     value = torch.as_tensor(value)
     fits = value.shape in ((), (model.runs,)) and not value.is_complex()
     fits = fits and bool(((value >= 0) & (value < math.inf)).all())
-    _require(fits, f"{name}, finite and from 0, as a number or ({model.runs},)", value)
+    _require(fits, f"{name}, finite and not negative, as a number or ({model.runs},)", value)
     return value.to(model.layers[0].weight).view(-1, *[1] * (ndim - 1))
 
 
@@ -308,8 +314,8 @@ def connection_cost(model, A=1.0, y0=0.1, *, A_last=None, biases=True, reduce="s
     bias and every entry of an embedding y0 times its size.
 
     `A`, the price per unit length, and `y0`, a fixed price per connection, are numbers or (runs,),
-    finite and from 0. `A_last` replaces A in the last layer. With `biases=False` biases are free.
-    `reduce="mean"` averages within each tensor, as the authors do for their larger networks.
+    finite and not negative. `A_last` replaces A in the last layer. With `biases=False` biases are
+    free. `reduce="mean"` averages within each tensor, as the authors do for larger networks.
     """
     _require(reduce in ("sum", "mean"), "reduce to be 'sum' or 'mean'", repr(reduce))
     A, y0 = _per_run("A", A, model, ndim=3), _per_run("y0", y0, model, ndim=3)
@@ -336,7 +342,8 @@ def swap_neurons(model, top_k=5, *, reduce="sum", method="greedy", mask=None):
     method="optimal" (ours): every group takes its best arrangement with the others held fixed, a
     linear assignment problem; `top_k` plays no part.
 
-    `mask` (runs,) tells which networks are treated, default all; `reduce` is as in the loss.
+    `mask` (runs,) tells which networks are treated, default all; `reduce` should be the one of
+    `connection_cost`.
     Returns by how much the sum (or mean) of |w| * distance fell, (runs,).
     """
     _require(reduce in ("sum", "mean"), "reduce to be 'sum' or 'mean'", repr(reduce))
@@ -345,8 +352,7 @@ def swap_neurons(model, top_k=5, *, reduce="sum", method="greedy", mask=None):
     mask = torch.ones(model.runs, dtype=torch.bool) if mask is None else torch.as_tensor(mask).cpu()
     fits = mask.dtype == torch.bool and mask.shape == (model.runs,)
     _require(fits, f"a boolean mask ({model.runs},)", mask)
-    finite = all(p.isfinite().all() for p in model.parameters())
-    _require(finite, "finite weights", "some that are not")
+    _require_finite(model)
     fall = np.zeros(model.runs)
     for group in dict.fromkeys(model.groups().values()):
         both = {id(m) for m in group.writers} & {id(m) for m in group.readers}
@@ -428,17 +434,23 @@ def mse_loss(outputs, targets):
 
 
 def cross_entropy(outputs, classes):
-    """Cross-entropy of every run, (runs,), of outputs (runs, batch, out) for classes (batch,) or
-    (runs, batch)."""
-    wanted = _per_output(classes, outputs.shape[:2]).to(outputs.device)
+    """Cross-entropy of every run, (runs,), of outputs (runs, batch, out) for classes, integers
+    (batch,) or (runs, batch)."""
+    wanted = _classes(classes, outputs)
     each = F.cross_entropy(outputs.flatten(0, 1), wanted.flatten(), reduction="none")
     return each.view(len(outputs), -1).mean(1)
 
 
 def accuracy(outputs, classes):
     """Share of correct answers of every run, (runs,); arguments as in `cross_entropy`."""
-    correct = outputs.argmax(2) == _per_output(classes, outputs.shape[:2]).to(outputs.device)
-    return correct.to(outputs.dtype).mean(1)
+    return (outputs.argmax(2) == _classes(classes, outputs)).to(outputs.dtype).mean(1)
+
+
+def _classes(classes, outputs):
+    classes, n = _per_output(classes, outputs.shape[:2]).to(outputs.device), outputs.shape[2]
+    known = classes.dtype == torch.int64 and bool(((classes >= 0) & (classes < n)).all())
+    _require(known, f"classes, int64, from 0 to {n - 1}", classes)
+    return classes
 
 
 def _per_output(targets, shape):
@@ -451,12 +463,11 @@ def _per_output(targets, shape):
 class History:
     """What `train` saw of `model`: `history["loss"]`, `["cost"]`, `["objective"]` (loss + lamb *
     cost) and every metric, each (logs, runs), at `history.steps`. `phases` are the steps at which
-    lamb changes; `snapshots` holds step -> state of the runs `kept`, on the CPU; `done` counts the
-    steps made."""
+    lamb changes; `snapshots` holds step -> `state_dict`, on the CPU; `done` counts the steps made.
+    """
 
     model: EmbeddedModel
     phases: list
-    kept: list
     log: list = field(default_factory=list)
     snapshots: dict = field(default_factory=dict)
     done: int = 0
@@ -466,7 +477,7 @@ class History:
         return [step for step, _ in self.log]
 
     def __getitem__(self, name):
-        _require(self.log and name in self.log[0][1], "a curve of a history with lines", repr(name))
+        _require(self.log and name in self.log[0][1], "the name of a logged curve", repr(name))
         return torch.stack([values[name] for _, values in self.log])
 
     def at(self, step):
@@ -477,13 +488,12 @@ class History:
         return self.model
 
     def _keep(self, step, model):
-        state = {n: t.detach()[self.kept].cpu() for n, t in model.state_dict().items()}
+        state = {name: t.cpu().clone() for name, t in model.state_dict().items()}
         self.snapshots.setdefault(step, state)  # an interrupt may come before `done` is counted
 
 
 def train(model, loss_fn, *, steps, lr, lamb, cost=connection_cost, swap=swap_neurons,
-          swap_every=200, exact=False, metrics=None, snapshots=1, snapshot_runs=None,
-          label="training"):  # fmt: skip
+          swap_every=200, exact=False, metrics=None, snapshots=1, label="training"):  # fmt: skip
     """Minimise loss + lamb * cost with swaps (the paper); returns a `History`.
 
     loss_fn:    loss_fn(model) -> (runs,)
@@ -491,8 +501,8 @@ def train(model, loss_fn, *, steps, lr, lamb, cost=connection_cost, swap=swap_ne
     cost:       cost(model) -> (runs,), linear in the sizes of the parameters, or phases of such
     swap:       swap(model), called every `swap_every` steps, after the step; 0 for never
     exact:      the proximal step (ours), which reaches exact zeros: see `PricedAdam`
-    metrics:    name -> metric(model) -> (runs,), evaluated a hundred times, without gradients
-    snapshots:  number of snapshots after the first; `snapshot_runs` lists the runs that they keep
+    metrics:    name -> metric(model) -> (runs,), evaluated at 101 steps, without gradients
+    snapshots:  number of snapshots after the first
 
     `functools.partial` gives `cost` and `swap` their arguments. The model is trained in place.
     Ctrl-C returns what there is; an exception carries it as `error.history`. A loss that is not
@@ -503,9 +513,8 @@ def train(model, loss_fn, *, steps, lr, lamb, cost=connection_cost, swap=swap_ne
     _require(isinstance(lr, int | float) and 0 < lr < math.inf, "lr finite and above 0", lr)
     lambs, costs = _phases("lamb", lamb, steps), _phases("cost", cost, steps)
     lambs = {start: _per_run("lamb", value, model) for start, value in lambs.items()}
-    kept = list(range(model.runs) if snapshot_runs is None else snapshot_runs)
-    history = History(model.pick(kept), list(lambs)[1:], kept)
-    optimizer, began, swapping = PricedAdam(model, lr, exact), time.perf_counter(), 0.0
+    history = History(copy.deepcopy(model), list(lambs)[1:])
+    optimizer, began = PricedAdam(model, lr, exact), time.perf_counter()
     logged, filmed = ({round(k * steps / n) for k in range(n + 1)} for n in (100, snapshots))
     shown = display(Pretty(label), display_id=True) if get_ipython() else None
     try:
@@ -528,11 +537,8 @@ def train(model, loss_fn, *, steps, lr, lamb, cost=connection_cost, swap=swap_ne
             optimizer.step()
             history.done = step + 1
             if swap_every and history.done % swap_every == 0:
-                swap_began = time.perf_counter()
                 swap(model)
-                swapping += time.perf_counter() - swap_began
-        seconds = time.perf_counter() - began
-        text = f"{label}: {steps:,} steps, {seconds:.1f} s, {swapping / seconds:.1%} of it in swaps"
+        text = f"{label}: {steps:,} steps, {time.perf_counter() - began:.1f} s"
         shown.update(Pretty(text)) if shown else print(text)
     except KeyboardInterrupt:
         history._keep(history.done, model)
@@ -584,7 +590,7 @@ class PricedAdam:
 def _prices(model, cost, lamb):
     """lamb times what `cost` charges per unit of size, one vector for all parameters that train. A
     weighted L1 is linear in |p|, so its prices are its gradient where all parameters are 1."""
-    ones, paid = model.pick(list(range(model.runs))), cost(model)
+    ones, paid = copy.deepcopy(model), cost(model)
     _require_per_run(model, {"cost(model)": paid})
     for p in ones.parameters():
         p.requires_grad_().data.fill_(1)
@@ -592,7 +598,7 @@ def _prices(model, cost, lamb):
     pairs = list(zip(slopes, model.parameters(), strict=True))
     linear = torch.allclose(sum((c * p.abs()).flatten(1).sum(1) for c, p in pairs), paid, rtol=1e-3)
     fits = linear and all((c >= 0).all() for c in slopes)
-    _require(fits, "a cost that is a weighted sum of sizes, weights from 0", cost)
+    _require(fits, "a cost that is a weighted sum of sizes, no weight negative", cost)
     trained = [c * lamb.view(-1, *[1] * (c.ndim - 1)) for c, p in pairs if p.requires_grad]
     return nn.utils.parameters_to_vector(trained)
 
@@ -639,7 +645,7 @@ def _measured(model, loss, cost, lamb, metrics):
 def prune(model, threshold):
     """A copy of `model` whose weights, biases and embedding entries of size up to `threshold`, a
     number or (runs,), are zero."""
-    twin = model.pick(list(range(model.runs)))
+    twin = copy.deepcopy(model)
     for p in twin.parameters():
         p[p.abs() <= _per_run("threshold", threshold, model, p.ndim)] = 0
     return twin
@@ -649,17 +655,23 @@ def prune(model, threshold):
 def prune_threshold(model, loss_fn, tolerance=0.05):
     """For every run the largest of 81 thresholds from 1e-4 to 1, (runs,), up to which pruning
     raises its loss, loss_fn(model) -> (runs,), by no more than the share `tolerance`."""
-    allowed = loss_fn(model) * (1 + tolerance)
+    loss = loss_fn(model)
+    _require_per_run(model, {"loss_fn(model)": loss})
+    allowed = loss * (1 + _per_run("tolerance", tolerance, model))
+    _require(allowed.isfinite().all(), "a finite loss in every run", loss)
     best, fine = torch.zeros_like(allowed), torch.ones_like(allowed, dtype=torch.bool)
     for threshold in np.geomspace(1e-4, 1, 81).tolist():
         fine &= loss_fn(prune(model, threshold)) <= allowed
         best[fine] = threshold
+        if not fine.any():
+            break
     return best
 
 
 def _links(model):
     """All of `wires()`, as (row read, row written, sum of |w| over folds (runs, written, read),
     mask of the wires); a neuron of a stream leads to itself at the next stage, with weight 0."""
+    _require_finite(model)
     for layer, read, written in model.wires():
         if layer is None:
             same = torch.eye(len(model.groups()[read].places), device=model.in_perm.device)
@@ -748,7 +760,7 @@ def shuffled(model, generator=None):
     """A null model: a copy in which, layer by layer, the wires between live neurons exchange ends
     and weights at random. Every neuron keeps its numbers of wires, so all live ones stay live.
     `generator` lives on the CPU."""
-    twin, live = model.pick(list(range(model.runs))), live_neurons(model)
+    twin, live = copy.deepcopy(model), live_neurons(model)
     for layer, read, written in [wire for wire in twin.wires() if wire[0] is not None]:
         for run, weight in enumerate(layer.weight):
             to = live[written][run].repeat(layer.out_folds)
@@ -791,7 +803,9 @@ def plot_network(model, run=0, ax=None, *, in_labels=None, out_labels=None, row_
     by grey lines. `in_labels` and `out_labels`, in task order, follow the neurons. Returns the
     axes.
     """
-    ax = plt.subplots(figsize=(5, 4))[1] if ax is None else ax
+    _require_finite(model)
+    _require_counts(-model.runs, run=run)
+    ax, model = plt.subplots(figsize=(5, 4))[1] if ax is None else ax, model.pick(run)
     rows = model.groups()
     height = {name: y for y, name in enumerate(rows)}
 
@@ -805,7 +819,7 @@ def plot_network(model, run=0, ax=None, *, in_labels=None, out_labels=None, row_
             ax.vlines(x, height[read], height[written], "0.85", lw=0.5, zorder=0)
             continue
         ends = dots(read, range(layer.in_folds)), dots(written, range(layer.out_folds)[::-1])
-        ax.add_collection(_lines(layer.weight[run], *ends, strongest, width))
+        ax.add_collection(_lines(layer.weight[0], *ends, strongest, width))
         ax.scatter(*np.concatenate(ends).T, s=dot, c="black", lw=0, zorder=3)
     low, top = -FOLD * (model.layers[0].in_folds - 1), len(rows) - 1
     first, *_, last = rows
@@ -814,7 +828,7 @@ def plot_network(model, run=0, ax=None, *, in_labels=None, out_labels=None, row_
     for labels, perm, name, y, va in texts:
         if labels is not None:
             _require(len(labels) == perm.shape[1], f"{perm.shape[1]} labels of {name}", len(labels))
-            for (x, _), item in zip(dots(name, [0]), perm[run].tolist(), strict=True):
+            for (x, _), item in zip(dots(name, [0]), perm[0].tolist(), strict=True):
                 ax.text(x, y, labels[item], ha="center", va=va, fontsize=fontsize)
     for name in rows if row_names else ():
         ax.text(-0.03, height[name], name, ha="right", va="center", fontsize=fontsize)
@@ -825,8 +839,7 @@ def plot_network(model, run=0, ax=None, *, in_labels=None, out_labels=None, row_
 
 def _lines(weight, lower, upper, strongest, width):
     """One layer's weights (out, in) as a `LineCollection`, thick lines on top."""
-    _require(strongest is None or strongest >= 1, "strongest from 1", strongest)
-    _require(weight.isfinite().all(), "finite weights", "some that are not")
+    _require(strongest is None or strongest >= 1, "strongest to be at least 1", strongest)
     weight = weight.detach().cpu().numpy()
     size = np.abs(weight)
     largest = size.max() or 1.0
@@ -924,11 +937,11 @@ def save_figure(fig, name):
 
 
 class Claims:
-    """The paper's claims about one figure, tested in every run: `table` is a pandas frame with one
-    row per claim and run. A notebook shows its summary."""
+    """The paper's claims about one figure, tested in every run of a seed. `table` is a pandas frame
+    with one row per claim and run. A notebook shows its summary."""
 
-    def __init__(self, figure):
-        self.figure, self.table = figure, None
+    def __init__(self, figure, seed):
+        self.figure, self.seed, self.parts = figure, seed, {}
 
     def add(self, claim, values, *, at_least=-math.inf, at_most=math.inf, authors="-"):
         """One claim: our number in every run; it holds where the number lies within the bounds.
@@ -936,13 +949,20 @@ class Claims:
         values = np.asarray(values, dtype=float)
         fits = values.ndim == 1 and len(values) and np.isfinite(values).all()
         _require(fits, f"finite numbers, one per run, for {claim!r}", values)
-        rows = {"figure": self.figure, "claim": claim, "authors": str(authors)}
-        rows |= {"at_least": at_least, "at_most": at_most, "run": range(len(values))}
+        _require(at_least <= at_most, "at_least up to at_most", (at_least, at_most))
+        _require(claim not in self.parts, "a claim that is not there yet", repr(claim))
+        rows = {"figure": self.figure, "seed": self.seed, "run": range(len(values))}
+        rows |= {"claim": claim, "authors": str(authors), "at_least": at_least, "at_most": at_most}
         rows |= {"value": values, "held": (at_least <= values) & (values <= at_most)}
-        self.table = pd.concat([self.table, pd.DataFrame(rows)], ignore_index=True)
+        self.parts[claim] = pd.DataFrame(rows)
+
+    @property
+    def table(self):
+        return pd.concat(self.parts.values(), ignore_index=True)
 
     def save(self):
-        """Write `table` to claims_figure_N.json, which `pandas.read_json` reads back."""
+        """Write `table` to claims_figure_N.json. `pandas.read_json` reads it back, with NaN for a
+        bound that is missing."""
         path = figure_folder(f"claims_figure_{self.figure}.json")
         self.table.to_json(path, orient="records", indent=1, double_precision=15)
 

@@ -21,7 +21,7 @@ def own_folder(tmp_path, monkeypatch):
 
 
 def some_claims():
-    claims = Claims(9)
+    claims = Claims(9, 5)
     claims.add("short", [0.1, 0.3, 0.2], at_most=0.25, authors=0.15)
     claims.add("exact", np.linspace(0.9, 1, 16), at_least=0.9, at_most=1)
     claims.add("never", [1, 2, 3, 4, 5, 6], at_least=7)
@@ -35,6 +35,7 @@ def test_one_row_per_claim_and_run_and_one_per_claim_in_the_summary():
     assert short.held.tolist() == [True, False, True]
     assert short.value.tolist() == [0.1, 0.3, 0.2]
     assert short.run.tolist() == [0, 1, 2]
+    assert set(table.seed) == {5}
     assert summarise(table).drop(columns="share").to_numpy().tolist() == [
         ["short", "0.15", "0.2 [0.1, 0.3]", "2 of 3", "undecided"],
         ["exact", "-", "0.95 [0.9, 1]", "16 of 16", "held"],  # the bounds themselves are allowed
@@ -45,7 +46,7 @@ def test_one_row_per_claim_and_run_and_one_per_claim_in_the_summary():
 @settings(deadline=None, max_examples=25)
 @given(st.lists(st.booleans(), min_size=1, max_size=40))
 def test_verdict_follows_the_wilson_interval(held):
-    claims = Claims(1)
+    claims = Claims(1, 0)
     claims.add("any", held, at_least=1)
     row = summarise(claims.table).iloc[0]
     n, share, z = len(held), sum(held) / len(held), 1.6448536269514722  # 90 %
@@ -76,6 +77,27 @@ def test_values_that_are_no_numbers(values):  # defect 17
     with pytest.raises(ValueError, match=r"expected|could not convert"):
         claims.add("bad", values)
     assert len(claims.table) == 25
+
+
+@pytest.mark.parametrize(
+    ("claim", "bounds"),
+    [
+        ("short", {}),  # it is there already
+        ("new", {"at_least": math.nan}),
+        ("new", {"at_most": math.nan}),
+        ("new", {"at_least": 1, "at_most": 0}),
+    ],
+)
+def test_claims_that_make_no_sense(claim, bounds):
+    claims = some_claims()
+    with pytest.raises(ValueError, match="expected"):
+        claims.add(claim, [1.0], **bounds)
+    assert len(claims.table) == 25
+
+
+def test_no_claims_are_not_saved():
+    with pytest.raises(ValueError, match="No objects"):
+        Claims(1, 0).save()
 
 
 def test_figures_are_written_twice_and_always_alike():

@@ -233,7 +233,7 @@ def with_nan(model):
 
 SHAPES = [(4,), (), 5, {4, 20, 2}, (4, 0, 2), (4, -3, 2), (4, 2.5), (4, True)]  # a set: defect 9
 SETTINGS = [{"runs": 0}, {"runs": 1.5}, {"in_folds": 3}, {"in_folds": 0}, {"frozen": (2,)}]
-SETTINGS += [{"frozen": (-1,)}, {"embedding": (7, 4), "in_folds": 2}]
+SETTINGS += [{"frozen": 0}, {"frozen": (-1,)}, {"embedding": (7, 4), "in_folds": 2}]
 SETTINGS += [{"embedding": size} for size in (7, (7, 3), (7.5, 4), (0, 4))]
 SETTINGS += [{"places": [line(4), *rest]} for rest in ([], [line(3)], [ring(2)])]
 RUNS = [2, -3, 0.5, [], [0, 2], True, [True, False], [[0, 1]]]  # defect 29

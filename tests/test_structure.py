@@ -158,6 +158,38 @@ def test_lengths():
         assert bimt.mean_wire(model)[run].item() == pytest.approx(length / weight)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(bad):
+    model = new_model()
+    model.layers[1].weight.data[:, 0, 2] = bad
+    calls = [bimt.live_neurons, bimt.shuffled, modules, newman_modularity, bimt.plot_network]
+    for call in [*calls, inputs_read]:
+        with pytest.raises(ValueError, match="finite weights"):
+            call(model)
+
+
+@pytest.mark.parametrize("run", [2, -3, 0.5, None, True])
+def test_a_run_that_is_not_there_is_refused(run):
+    for call in (modules, newman_modularity, inputs_read, bimt.plot_network):
+        with pytest.raises(ValueError, match="run"):
+            call(new_model(), run)
+
+
+@pytest.mark.parametrize(
+    ("loss", "tolerance"),
+    [
+        (torch.tensor(0.5), 0.05),
+        (torch.tensor([0.5, float("nan")]), 0.05),
+        (torch.tensor([0.5, 0.5, 0.5]), 0.05),
+        (torch.tensor([0.5, 0.5]), float("nan")),
+        (torch.tensor([0.5, 0.5]), -0.1),
+    ],
+)
+def test_no_threshold_without_a_loss_for_every_run(loss, tolerance):
+    with pytest.raises(ValueError, match="expected"):
+        bimt.prune_threshold(new_model(), lambda model: loss, tolerance)
+
+
 @pytest.mark.parametrize("model", [bimt.EmbeddedMLP((6, 6, 6), 2), ref.Stream(6, 6, 6, 6, 2)])
 def test_newman_modularity_of_three_parts_equals_that_of_networkx(model):
     part = torch.arange(6) // 2
