@@ -6,6 +6,7 @@ writes figures/sweep/two_moon_3.2_seed_1.json. A result that is there is not com
 run that is cut short leaves no result, so a sweep can be stopped and taken up again.
 """
 
+import json
 import os
 import sys
 import tempfile
@@ -37,4 +38,5 @@ def run(notebook, seed, folder=RESULTS, **parameters):
 
 if __name__ == "__main__":
     name, seed, *pairs = sys.argv[1:]
-    print(run(name, int(seed), **{key: int(value) for key, value in (p.split("=") for p in pairs)}))
+    values = {key: json.loads(value) for key, value in (pair.split("=") for pair in pairs)}
+    print(run(name, int(seed), **values))
