@@ -19,8 +19,8 @@ RESULTS = NOTEBOOKS.parent / "figures" / "sweep"
 
 
 def run(notebook, seed, folder=RESULTS, **parameters):
-    """The claims of `notebook` (its name) with SEED = seed and other `parameters`: a JSON file. Sets
-    BIMT_FIGURES in this process."""
+    """The claims of `notebook` (its name) with SEED = seed and other `parameters`, a JSON file in
+    `folder`. Sets BIMT_FIGURES in this process."""
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     result = folder / f"{notebook}_seed_{seed}.json"
