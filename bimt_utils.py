@@ -79,6 +79,8 @@ def grid(height, width=None):
 
 def ring(n, radius=0.25):
     """Places of `n` neurons on a circle around (1/2, 1/2), (n, 2), at angles 2 pi (i + 1/2) / n."""
+    fits = isinstance(radius, int | float) and math.isfinite(radius)
+    _require(fits, "a finite radius", radius)
     angle = 2 * math.pi * line(n)[:, 0]
     return 0.5 + radius * torch.stack([angle.cos(), angle.sin()], 1)
 
@@ -201,12 +203,8 @@ class EmbeddedModel(nn.Module):
         inside = fits and {*wanted.view(-1).tolist()} <= {*range(-self.runs, self.runs)}
         _require(inside, f"a run below {self.runs} or a list of such", run)
         twin = copy.deepcopy(self)
-        for name, tensor in self.state_dict(keep_vars=True).items():
-            owner, _, leaf = name.rpartition(".")
-            chosen = tensor.detach()[wanted.reshape(-1).to(tensor.device)]
-            if isinstance(tensor, nn.Parameter):
-                chosen = nn.Parameter(chosen, requires_grad=tensor.requires_grad)
-            setattr(twin.get_submodule(owner), leaf, chosen)
+        for tensor in twin.state_dict(keep_vars=True).values():
+            tensor.data = tensor.data[wanted.view(-1).to(tensor.device)]
         return twin
 
     def read_inputs(self, x, ndim=2):
@@ -454,8 +452,9 @@ def _classes(classes, outputs):
 
 
 def _per_output(targets, shape):
-    fits = targets.shape in (shape, shape[1:])
-    _require(fits, f"targets {tuple(shape)}, with or without runs", tuple(targets.shape))
+    fits = isinstance(targets, torch.Tensor) and targets.shape in (shape, shape[1:])
+    got = getattr(targets, "shape", targets)
+    _require(fits, f"targets {tuple(shape)}, with or without runs", got)
     return targets.expand(shape)
 
 
@@ -839,7 +838,8 @@ def plot_network(model, run=0, ax=None, *, in_labels=None, out_labels=None, row_
 
 def _lines(weight, lower, upper, strongest, width):
     """One layer's weights (out, in) as a `LineCollection`, thick lines on top."""
-    _require(strongest is None or strongest >= 1, "strongest to be at least 1", strongest)
+    if strongest is not None:
+        _require_counts(1, strongest=strongest)
     weight = weight.detach().cpu().numpy()
     size = np.abs(weight)
     largest = size.max() or 1.0

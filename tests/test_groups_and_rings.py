@@ -237,23 +237,23 @@ def test_noise_is_constant_on_no_cosets(s4):
 
 def test_kinds_of_subgroups(s4):
     """The even permutations: the identity, three pairs of exchanges, eight turns of three."""
-    kinds = [s4.kind(group) for group in s4.SUBGROUPS]
-    assert kinds[28] == f"order 12, elements of order {[1] + 3 * [2] + 8 * [3]}"
-    assert sum("[1, 2, 4, 4]" in kind for kind in kinds) == 3  # cyclic
-    assert sum("[1, 2, 2, 2]" in kind for kind in kinds) == 4  # Klein's
+    kinds = [sorted(len(s4.generated([element])) for element in group) for group in s4.SUBGROUPS]
+    assert kinds[28] == [1] + 3 * [2] + 8 * [3]
+    assert kinds.count([1, 2, 4, 4]) == 3  # cyclic
+    assert kinds.count([1, 2, 2, 2]) == 4  # Klein's
 
 
-def test_summary_of_planted_neurons(s4):
-    """Run 0: the sign, a coset function and noise; run 1: noise alone, in another slot."""
+def test_planted_neurons(s4):
+    """The sign, a coset function, noise; no neuron at all."""
     rng = np.random.default_rng(0)
-    model = EmbeddedMLP((8, 2, 24), s4.RUNS, in_folds=2, embedding=(24, 4))
+    model = EmbeddedMLP((8, 2, 24), 2, in_folds=2, embedding=(24, 4))
     coset = on_cosets(s4, s4.SUBGROUPS[20], "left", rng)
     for slot, values in enumerate([s4.SIGN + 5, coset, rng.normal(size=24)]):
-        model.embedding.data[0, :, slot] = torch.tensor(values)
-    sign, share = s4.summary(model, [[0, 1, 2], [3]] + [[]] * (s4.RUNS - 2))
-    assert sign.tolist() == [True] + [False] * (s4.RUNS - 1)
-    assert share[0] == pytest.approx(2 / 3)
-    assert not share[1:].any()
+        model.embedding.data[1, :, slot] = torch.tensor(values)
+    rows = s4.functions(model, 1, [0, 1, 2])
+    assert (s4.energies(rows)[:, 1] >= s4.CONSTANT).tolist() == [True, False, False]
+    assert [s4.best_cosets(row)[0] > 1 for row in rows] == [True, True, False]
+    assert s4.energies(s4.functions(model, 0, [])).shape == (0, 5)
 
 
 # ---------------------------------------------------------------- rings

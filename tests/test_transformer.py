@@ -189,3 +189,14 @@ def test_explained_is_the_squared_correlation(seed):
             r = np.corrcoef(values[run, :, neuron], quantity)[0, 1]
             assert shares[run, neuron].item() == pytest.approx(r**2)
     assert not shares[:, 3].any()
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 1000))
+def test_ranks_are_those_of_a_sort(seed):
+    values = torch.randn(2, 30, 4, generator=generator(seed), dtype=torch.float64)
+    ranks = NOTEBOOK.ranks(values)
+    for run in range(2):
+        for neuron in range(4):
+            column = values[run, :, neuron].tolist()
+            assert ranks[run, :, neuron].tolist() == [sorted(column).index(v) for v in column]
