@@ -12,7 +12,8 @@ does not contain. BIMT has three ingredients:
    wiring. The function of the network does not change; gradient descent alone cannot do this.
 
 Every model holds `runs` independent networks in one tensor (seeds, ablations, or both), because
-for networks this small the calls cost more than the arithmetic. Bad arguments raise ValueError.
+for networks this small the calls cost more than the arithmetic. A wrong argument raises ValueError
+with what was expected, unless Python or torch refuse it first.
 
 Glossary, paper -> here: lambda -> `lamb`; A -> `A`; y0, the distance between neighbouring rows ->
 `y0`; d_ij -> `EmbeddedLinear.distance`; number of neurons tried per swap, k -> `top_k`; steps
@@ -73,8 +74,7 @@ def line(n):
 def grid(height, width=None):
     """Places of `height` x `width` neurons in the unit square, (n, 2), row-major, x fastest."""
     width = height if width is None else width
-    y, x = torch.meshgrid(line(height)[:, 0], line(width)[:, 0], indexing="ij")
-    return torch.stack([x.flatten(), y.flatten()], 1)
+    return torch.cartesian_prod(line(height)[:, 0], line(width)[:, 0]).flip(1)
 
 
 def ring(n, radius=0.25):
@@ -92,8 +92,9 @@ class EmbeddedLinear(nn.Module):
     """`runs` linear layers between rows of neurons at `in_places` (n, d) and `out_places` (m, d).
 
     With `in_folds=2`, two blocks of inputs (two tokens, say) share the same n places: feature
-    f * n + i sits at place i. `weight` (runs, out, in) and `bias` (runs, out) are drawn from
-    `generator` as in `nn.Linear`; `distance` (out, in) is the Manhattan length of every wire.
+    f * n + i sits at place i; `out_folds` does the same for outputs. `weight` (runs, out, in) and
+    `bias` (runs, out) are drawn from `generator` as in `nn.Linear`; `distance` (out, in) is the
+    Manhattan length of every wire.
     """
 
     def __init__(self, in_places, out_places, *, in_folds=1, out_folds=1, runs=1, generator=None):
@@ -373,8 +374,7 @@ def _slot_costs(group, reduce):
     n, table, score = len(group.places), 0.0, 0.0
     for layer, axis, _ in group.layers():
         size, price = layer.weight.double().abs(), layer.distance.double()
-        if reduce == "mean":
-            price = price / price.numel()
+        price = price / (price.numel() if reduce == "mean" else 1)
         if axis == 2:
             size, price = size.transpose(1, 2), price.T
         size = size.unflatten(1, (-1, n)).sum(1)  # folds share their places
@@ -461,9 +461,9 @@ def _per_output(targets, shape):
 @dataclass
 class History:
     """What `train` saw of `model`: `history["loss"]`, `["cost"]`, `["objective"]` (loss + lamb *
-    cost) and every metric, each (logs, runs), at `history.steps`. `phases` are the steps at which
-    lamb changes; `snapshots` holds step -> `state_dict`, on the CPU; `done` counts the steps made.
-    """
+    cost) and every metric, each (logs, runs), at `history.steps`. `phases` are the steps after 0 at
+    which lamb changes; `snapshots` holds step -> `state_dict`, on the CPU; `done` counts the steps
+    made."""
 
     model: EmbeddedModel
     phases: list
@@ -498,9 +498,10 @@ def train(model, loss_fn, *, steps, lr, lamb, cost=connection_cost, swap=swap_ne
     loss_fn:    loss_fn(model) -> (runs,)
     lamb:       a number or (runs,), or phases [(fraction of training, value), ...] from fraction 0
     cost:       cost(model) -> (runs,), linear in the sizes of the parameters, or phases of such
-    swap:       swap(model), called every `swap_every` steps, after the step; 0 for never
+    swap:       swap(model), called after every `swap_every` steps (0: never); it may change the
+                parameters in place, and Adam's moments stay with the slots
     exact:      the proximal step (ours), which reaches exact zeros: see `PricedAdam`
-    metrics:    name -> metric(model) -> (runs,), evaluated at 101 steps, without gradients
+    metrics:    name -> metric(model) -> (runs,), evaluated at up to 101 steps, without gradients
     snapshots:  number of snapshots after the first
 
     `functools.partial` gives `cost` and `swap` their arguments. The model is trained in place.
@@ -653,7 +654,8 @@ def prune(model, threshold):
 @torch.no_grad()
 def prune_threshold(model, loss_fn, tolerance=0.05):
     """For every run the largest of 81 thresholds from 1e-4 to 1, (runs,), up to which pruning
-    raises its loss, loss_fn(model) -> (runs,), by no more than the share `tolerance`."""
+    raises its loss, loss_fn(model) -> (runs,), by no more than the share `tolerance`; 0 where even
+    the smallest raises it more."""
     loss = loss_fn(model)
     _require_per_run(model, {"loss_fn(model)": loss})
     allowed = loss * (1 + _per_run("tolerance", tolerance, model))
@@ -697,8 +699,7 @@ def live_neurons(model):
 
 
 def _graph(model, run):
-    """The live part of a network as a `networkx.DiGraph`: nodes (row, slot), edges with `weight`
-    = |w|."""
+    """The live part of a network, a `networkx.DiGraph`: nodes (row, slot), edge `weight` |w|."""
     _require_counts(-model.runs, run=run)
     model, graph = model.pick(run), nx.DiGraph()
     live = live_neurons(model)
@@ -794,16 +795,16 @@ FOLD = 0.25  # height between the folds of a row; rows are 1 apart
 
 def plot_network(model, run=0, ax=None, *, in_labels=None, out_labels=None, row_names=True,
                  strongest=None, width=2.0, dot=12, fontsize=10):  # fmt: skip
-    """Draw one network, inputs below: a dot at every place; a line for every weight above a
-    hundredth of its layer's largest, at most the `strongest` of each layer, blue if positive, red
-    if negative, as wide as |w| / max |w| of its layer times `width` points.
+    """Draw one network, inputs below: a dot at (the first coordinate of) every place; a line for
+    every weight above a hundredth of its layer's largest, at most the `strongest` of each layer,
+    blue if positive, red if negative, as wide as |w| / max |w| of its layer times `width` points.
 
-    Folds are rows of dots of their own, each with its own wires. The stages of a stream are joined
-    by grey lines. `in_labels` and `out_labels`, in task order, follow the neurons. Returns the
-    axes.
+    Folds are rows of dots with their own wires. Grey lines join the stages of a stream.
+    `in_labels` and `out_labels`, in task order, follow the neurons. Returns the axes.
     """
     _require_finite(model)
     _require_counts(-model.runs, run=run)
+    _require_counts(1, strongest=1 if strongest is None else strongest)
     ax, model = plt.subplots(figsize=(5, 4))[1] if ax is None else ax, model.pick(run)
     rows = model.groups()
     height = {name: y for y, name in enumerate(rows)}
@@ -838,14 +839,11 @@ def plot_network(model, run=0, ax=None, *, in_labels=None, out_labels=None, row_
 
 def _lines(weight, lower, upper, strongest, width):
     """One layer's weights (out, in) as a `LineCollection`, thick lines on top."""
-    if strongest is not None:
-        _require_counts(1, strongest=strongest)
     weight = weight.detach().cpu().numpy()
     size = np.abs(weight)
     largest = size.max() or 1.0
     j, i = np.nonzero(size > 0.01 * largest)
-    order = size[j, i].argsort()[-(strongest or size.size) :]
-    j, i = j[order], i[order]
+    j, i = np.stack([j, i])[:, size[j, i].argsort()[-(strongest or size.size) :]]
     colors, widths = np.where(weight[j, i] > 0, POSITIVE, NEGATIVE), width * size[j, i] / largest
     ends = np.stack([lower[i], upper[j]], 1)
     return LineCollection(ends, linewidths=widths, colors=colors, capstyle="butt")
@@ -916,8 +914,8 @@ def explore(history, draw, *, figsize=(6, 4), dpi=80):
 
 
 def figure_folder(name=""):
-    """The folder for figures, videos and claims, or where its file `name` goes: $BIMT_FIGURES,
-    relative to this module's folder, else `figures`."""
+    """The folder for figures, videos and claims, made if missing, or where its file `name` goes:
+    $BIMT_FIGURES, relative to this module's folder, else `figures`."""
     plain = isinstance(name, str) and Path(name).name == name
     _require(plain, "the name of a file, without a folder", repr(name))
     folder = Path(__file__).parent / (os.environ.get("BIMT_FIGURES") or "figures")

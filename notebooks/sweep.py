@@ -2,28 +2,30 @@
 
     python notebooks/sweep.py two_moon_3.2 1 RUNS=16
 
-writes figures/sweep/two_moon_3.2_seed_1.json. A result that is there is not computed twice, and a
-run that is cut short leaves no result, so a sweep can be stopped and taken up again.
+writes figures/sweep/two_moon_3.2_seed_1_RUNS_16.json. A result that is there is not computed twice,
+and a run that is cut short leaves no result, so a sweep can be stopped and taken up again.
 """
 
-import json
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
 
 import papermill
+import yaml
 
 NOTEBOOKS = Path(__file__).resolve().parent
 RESULTS = NOTEBOOKS.parent / "figures" / "sweep"
 
 
 def run(notebook, seed, folder=RESULTS, **parameters):
-    """The claims of `notebook` (its name) with SEED = seed and other `parameters`, a JSON file in
-    `folder`. Sets BIMT_FIGURES in this process."""
+    """Run `notebook` (its name) with SEED = seed and other `parameters`; return the path of its
+    claims, a JSON file in `folder`. One run at a time per process: it sets BIMT_FIGURES."""
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    result = folder / f"{notebook}_seed_{seed}.json"
+    name = "_".join([notebook, "seed", str(seed), *(f"{k}_{v}" for k, v in parameters.items())])
+    result = folder / f"{re.sub('[^A-Za-z0-9._]+', '-', name)}.json"
     if not result.exists():
         with tempfile.TemporaryDirectory() as figures:
             os.environ["BIMT_FIGURES"] = figures
@@ -38,5 +40,5 @@ def run(notebook, seed, folder=RESULTS, **parameters):
 
 if __name__ == "__main__":
     name, seed, *pairs = sys.argv[1:]
-    values = {key: json.loads(value) for key, value in (pair.split("=") for pair in pairs)}
-    print(run(name, int(seed), **values))
+    values = dict(pair.split("=", 1) for pair in pairs)
+    print(run(name, int(seed), **{key: yaml.safe_load(value) for key, value in values.items()}))

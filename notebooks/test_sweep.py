@@ -28,13 +28,13 @@ def test_a_killed_worker_loses_nothing(tmp_path):
         victim = next(address for address, tasks in busy.items() if tasks)
         os.kill(client.run(os.getpid, workers=[victim])[victim], signal.SIGKILL)
         results = client.gather(jobs)
-    assert sorted(results) == sorted(Path(tmp_path).glob("two_moon_3.2_seed_*.json"))
+    assert sorted(results) == sorted(Path(tmp_path).glob("two_moon_3.2_seed_*_STEPS_20_*.json"))
     frame = pd.concat(map(pd.read_json, results))
     claims = frame.claim.nunique()
     assert frame.groupby("seed").size().to_dict() == {1: claims, 2: claims, 3: claims}
     assert claims >= 10
     before = [path.stat().st_mtime_ns for path in results]
-    assert [run("two_moon_3.2", seed, tmp_path, STEPS=-1) for seed in (1, 2, 3)] == results
+    assert [run("two_moon_3.2", seed, tmp_path, **CHEAP) for seed in (1, 2, 3)] == results
     assert before == [path.stat().st_mtime_ns for path in results]  # nothing is computed twice
 
 
@@ -45,7 +45,7 @@ def test_a_run_that_fails_leaves_no_result(tmp_path):
 
 
 def test_the_command_needs_a_notebook_that_exists(tmp_path):
-    command = [sys.executable, NOTEBOOKS / "sweep.py", "no_such_notebook", "1"]
+    command = [sys.executable, NOTEBOOKS / "sweep.py", "no_such_notebook", "1", "DEVICE=cpu"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode
     assert "no_such_notebook" in done.stderr
