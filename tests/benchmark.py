@@ -1,5 +1,7 @@
-"""Speed as ratios, measured side by side in one run: `python tests/benchmark.py`; and how times
-grow with the size of the network: `python tests/benchmark.py scaling`.
+"""Speed as ratios, measured side by side in one run: `python tests/benchmark.py`.
+
+`python tests/benchmark.py scaling`: how times grow with the size of the network; `threads`: all
+threads against one, on this machine as it is and beside a busy process.
 
 Not collected by pytest: a ratio of times is a measurement, not a pass or a failure.
 """
@@ -9,6 +11,7 @@ import contextlib
 import copy
 import itertools
 import math
+import os
 import resource
 import subprocess
 import sys
@@ -21,6 +24,7 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.ticker import EngFormatter, NullLocator
+from notebook_cells import definitions
 from reference import generator, greedy_by_search
 from torch import nn
 
@@ -243,7 +247,7 @@ def measure(what):
         print(f"| {size:,} | {' | '.join(map(readable, rows[-1]))} |", flush=True)
     times = dict(zip(TIMED, zip(*rows, strict=True), strict=True))
     slopes = [f"{slope(SIZES[what], values):.2f}" for values in times.values()]
-    print(f"| **slope of the upper half** | {' | '.join(slopes)} |")
+    print(f"| **exponent, last rows** | {' | '.join(slopes)} |")
     return times
 
 
@@ -293,8 +297,58 @@ def memory():
     )
 
 
+def training_steps():
+    """Name -> a call that makes 20 training steps of the kind and size of a notebook's."""
+
+    def steps(model, *shape, high=None):
+        x = torch.rand(*shape) if high is None else torch.randint(high, shape)
+        loss_fn = lambda m: m(x).square().flatten(1).mean(1)  # noqa: E731
+
+        def call():
+            with contextlib.redirect_stdout(None):
+                train(model, loss_fn, steps=20, lr=1e-3, lamb=1e-3)
+
+        return call
+
+    tokens = {"in_folds": 2, "embedding": (59, 32)}, {"in_folds": 2, "embedding": (24, 32)}
+    transformer = definitions("incontext_3.4")["EmbeddedTransformer"](2, 2, runs=4)
+    return {
+        "Figure 3: 20 of 4-20-20-2": steps(EmbeddedMLP((4, 20, 20, 2), 20), 100, 4),
+        "Figure 4: 16 of 2-20-20-2": steps(EmbeddedMLP((2, 20, 20, 2), 16), 200, 2),
+        "Figure 5: 2 of 2x32-50-50-59": steps(
+            EmbeddedMLP((64, 50, 50, 59), 2, **tokens[0]), 2784, 2, high=59
+        ),
+        "Figure 6: 15 of 2x32-50-50-24": steps(
+            EmbeddedMLP((64, 50, 50, 24), 15, **tokens[1]), 460, 2, high=24
+        ),
+        "Figure 7: 4 transformers": steps(transformer, 64, 3, 2),
+        "Figure 8: 3 of 784-100-100-10": steps(EmbeddedMLP((784, 100, 100, 10), 3), 100, 784),
+    }
+
+
+def threads():
+    calls, default = training_steps(), os.cpu_count()
+    busy = "import torch; torch.set_num_threads(1); a = torch.rand(500, 500)\nwhile True: a @ a"
+    print(f"| a step of | {default} threads against one | beside a busy process |")
+    print("|---|---|---|")
+    ratios = []
+    for beside in (0, 1):
+        others = [subprocess.Popen([sys.executable, "-c", busy]) for _ in range(beside)]
+        time.sleep(5 * beside)
+        for call in calls.values():
+            rounds = []
+            for number in (default, 1) * 5:
+                torch.set_num_threads(number)
+                rounds.append(seconds(call, 1))
+            ratios.append(np.median(rounds[::2]) / np.median(rounds[1::2]))
+        for other in others:
+            other.kill()
+    for name, *pair in zip(calls, ratios, ratios[len(calls) :], strict=False):
+        print(f"| {name} | {' | '.join(f'{ratio:.2f} times the time' for ratio in pair)} |")
+
+
 def main():
-    parts = {"ratios": ratios, "scaling": scaling, "memory": memory}
+    parts = {"ratios": ratios, "scaling": scaling, "threads": threads, "memory": memory}
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("part", nargs="?", default="ratios", choices=parts)
     part = parser.parse_args().part

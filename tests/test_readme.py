@@ -5,7 +5,7 @@ import subprocess
 
 import pandas as pd
 import pytest
-from readme import NOTEBOOKS, README, ROOT, cells, markdown, shown_by, written
+from readme import NOTEBOOKS, README, ROOT, all_runs, cells, margins, markdown, shown_by, written
 
 from bimt_utils import summarise
 
@@ -35,6 +35,12 @@ def test_claims_are_those_that_the_notebook_shows(notebook):  # defect 19
     shown = ["".join(out.get("data", {}).get("text/html", "")) for out in outputs]
     with pd.option_context("display.max_colwidth", None):
         assert summarise(shown_by(notebook)).to_html(index=False) in shown
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_dots_are_to_the_right_of_the_line_where_the_claim_held(notebook):
+    for _, part in all_runs(notebook).groupby("claim"):
+        assert ((margins(part, part.value.to_numpy()) >= 0) == part.held).all()
 
 
 def test_readme_examples_run_as_printed(monkeypatch):
