@@ -147,12 +147,14 @@ def time_frames():
 
 
 def ratios():
-    print("| one sweep of swaps | search | ours | speed-up | 32 together, each | same result |")
+    print(
+        "| one pass of swaps | search | ours | speed-up | speed-up per network, 32 together | same result |"
+    )
     print("|---|---|---|---|---|---|")
     for name, (model, top_k) in NETWORKS.items():
         compare_swaps(name, model, top_k)
     print("\n| one step of training | one network, plain | 32 together | speed-up, each "
-          "| 32 together, exact | speed-up, each |")  # fmt: skip
+          "| 32 together, exact | speed-up per network |")  # fmt: skip
     print("|---|---|---|---|---|---|")
     for shape in ((4, 20, 20, 2), (4, 20, 20, 20, 20, 1)):
         compare_training(shape)
