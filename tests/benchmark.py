@@ -147,13 +147,12 @@ def time_frames():
 
 
 def ratios():
-    print(
-        "| one pass of swaps | search | ours | speed-up | speed-up per network, 32 together | same result |"
-    )
+    head = "| one pass of swaps | search | ours | speed-up | speed-up per network, 32 together "
+    print(f"{head}| same result |")
     print("|---|---|---|---|---|---|")
     for name, (model, top_k) in NETWORKS.items():
         compare_swaps(name, model, top_k)
-    print("\n| one step of training | one network, plain | 32 together | speed-up, each "
+    print("\n| one step of training | one network, plain | 32 together | speed-up per network "
           "| 32 together, exact | speed-up per network |")  # fmt: skip
     print("|---|---|---|---|---|---|")
     for shape in ((4, 20, 20, 2), (4, 20, 20, 20, 20, 1)):
