@@ -221,8 +221,9 @@ class EmbeddedModel(nn.Module):
 
     def write_outputs(self, values):
         """The last layer on (runs, batch, n), its outputs put back in task order."""
-        layer, slots = self.layers[-1], self.out_perm.argsort(1)
-        weight, bias = (_rearranged(p, 1, slots) for p in (layer.weight, layer.bias))
+        layer, output = self.layers[-1], self.out_perm[:, :, None].expand_as(self.layers[-1].weight)
+        weight = torch.empty_like(layer.weight).scatter(1, output, layer.weight)
+        bias = torch.empty_like(layer.bias).scatter(1, self.out_perm, layer.bias)
         return torch.baddbmm(bias[:, None], values, weight.transpose(1, 2))
 
 
@@ -532,9 +533,8 @@ def train(model, loss_fn, *, steps, lr, lamb, cost=connection_cost, swap=swap_ne
                 history._keep(step, model)
             if step == steps:
                 break
-            model.zero_grad()
-            loss.sum().backward()
-            optimizer.step()
+            grads = torch.autograd.grad(loss.sum(), optimizer.parameters, materialize_grads=True)
+            optimizer.step(grads)
             history.done = step + 1
             if swap_every and history.done % swap_every == 0:
                 swap(model)
@@ -568,22 +568,23 @@ class PricedAdam:
         self.lr, self.exact, self.betas, self.eps, self.steps = lr, exact, betas, eps, 0
         self.p = nn.utils.parameters_to_vector(self.parameters).detach()
         nn.utils.vector_to_parameters(self.p, self.parameters)  # now they are parts of self.p
-        self.prices, self.m, self.v = torch.zeros_like(self.p).repeat(3, 1)
+        self.prices, self.m, self.v, self.h, self.d = torch.zeros_like(self.p).repeat(5, 1)
 
     @torch.no_grad()
-    def step(self):
+    def step(self, grads):
+        """`grads` are the gradients of the loss, one for each of `parameters`."""
         self.steps += 1
-        (b1, b2), c, p = self.betas, self.prices, self.p
-        grads = [torch.zeros_like(q) if q.grad is None else q.grad for q in self.parameters]
-        g = nn.utils.parameters_to_vector(grads)
-        h = torch.addcmul(g, c, p.sign())
+        (b1, b2), c, p, h, d = self.betas, self.prices, self.p, self.h, self.d
+        g = torch.cat([grad.flatten() for grad in grads])
+        torch.sign(p, out=h).mul_(c).add_(g)
         self.m.lerp_(g if self.exact else h, 1 - b1)
         self.v.mul_(b2).addcmul_(h, h, value=1 - b2)
-        d = (self.v.sqrt() / (1 - b2**self.steps) ** 0.5).add_(self.eps)
-        d = d.clamp_(min=c) if self.exact else d
+        torch.sqrt(self.v, out=d).div_((1 - b2**self.steps) ** 0.5).add_(self.eps)
+        if self.exact:
+            d.clamp_(min=c)
         p.addcdiv_(self.m, d, value=-self.lr / (1 - b1**self.steps))
         if self.exact:
-            shrink = self.lr * c / d
+            shrink = torch.mul(c, self.lr, out=h).div_(d)
             p -= p.clamp(-shrink, shrink)
 
 

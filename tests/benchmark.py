@@ -197,9 +197,8 @@ def time_step(model):
     optimizer = PricedAdam(model, 1e-3)
 
     def step():
-        model.zero_grad()
-        mse_loss(model(x), x).sum().backward()
-        optimizer.step()
+        loss = mse_loss(model(x), x).sum()
+        optimizer.step(torch.autograd.grad(loss, optimizer.parameters))
 
     return patient_seconds(step)
 
