@@ -501,7 +501,8 @@ def train(model, loss_fn, *, steps, lr, lamb, cost=connection_cost, swap=swap_ne
     cost:       cost(model) -> (runs,), linear in the sizes of the parameters, or phases of such
     swap:       swap(model), called after every `swap_every` steps (0: never); it may change the
                 parameters in place, and Adam's moments stay with the slots
-    exact:      the proximal step (ours), which reaches exact zeros: see `PricedAdam`
+    exact:      True, or a boolean (runs,): the networks that take the proximal step (ours), which
+                reaches exact zeros: see `PricedAdam`
     metrics:    name -> metric(model) -> (runs,), evaluated at up to 101 steps, without gradients
     snapshots:  number of snapshots after the first
 
@@ -560,15 +561,18 @@ class PricedAdam:
     exact=False, the paper's subgradient step, never reaches zero. Its proximal form, exact=True
     (ours), does: m averages g instead of h, d is at least c, and then all p shrink,
     p <- sign(p) max(|p| - lr c / d, 0). Both are at rest where |g| <= c for p = 0 and
-    g = -c sign p elsewhere. `prices` is one vector for all parameters that train.
+    g = -c sign p elsewhere. `exact` is one for all or one per run, (runs,).
     """
 
     def __init__(self, model, lr, exact=False, betas=(0.9, 0.999), eps=1e-8):
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.lr, self.exact, self.betas, self.eps, self.steps = lr, exact, betas, eps, 0
+        self.lr, self.betas, self.eps, self.steps = lr, betas, eps, 0
         self.p = nn.utils.parameters_to_vector(self.parameters).detach()
         nn.utils.vector_to_parameters(self.p, self.parameters)  # now they are parts of self.p
         self.prices, self.m, self.v, self.h, self.d = torch.zeros_like(self.p).repeat(5, 1)
+        flags = [_per_run("exact", exact, model, p.ndim).expand_as(p) for p in self.parameters]
+        self.exact = torch.cat([part.flatten() for part in flags]) > 0
+        self.any_exact = self.exact.any()
 
     @torch.no_grad()
     def step(self, grads):
@@ -577,14 +581,16 @@ class PricedAdam:
         (b1, b2), c, p, h, d = self.betas, self.prices, self.p, self.h, self.d
         g = torch.cat([grad.flatten() for grad in grads])
         torch.sign(p, out=h).mul_(c).add_(g)
-        self.m.lerp_(g if self.exact else h, 1 - b1)
         self.v.mul_(b2).addcmul_(h, h, value=1 - b2)
         torch.sqrt(self.v, out=d).div_((1 - b2**self.steps) ** 0.5).add_(self.eps)
-        if self.exact:
-            d.clamp_(min=c)
+        if self.any_exact:
+            floor = c * self.exact
+            torch.where(self.exact, g, h, out=h)
+            d.clamp_(min=floor)
+        self.m.lerp_(h, 1 - b1)
         p.addcdiv_(self.m, d, value=-self.lr / (1 - b1**self.steps))
-        if self.exact:
-            shrink = torch.mul(c, self.lr, out=h).div_(d)
+        if self.any_exact:
+            shrink = floor.mul_(self.lr).div_(d)
             p -= p.clamp(-shrink, shrink)
 
 

@@ -56,7 +56,7 @@ FINE = {  # name -> arguments that work
     "plot_curves": {"history": HISTORY, "name": "loss"},
     "figure_folder": {"name": "x.png"},
 }  # fmt: skip
-KEPT = ("model", "history", "loss_fn", "outputs", "exact")  # checked elsewhere, or true or false
+KEPT = ("model", "history", "loss_fn", "outputs")  # checked elsewhere
 PLACES = [(name, argument) for name, fine in FINE.items() for argument in fine]
 
 

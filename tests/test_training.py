@@ -87,6 +87,19 @@ def test_follows_a_plain_loop(exact):
 # ---------------------------------------------------------------- the exact step
 
 
+def test_every_run_takes_its_own_kind_of_step():
+    together = new_model()
+    alone = [together.pick(run) for run in range(2)]
+    settings = {"steps": 100, "lr": 5e-3, "lamb": 0.05, "swap_every": 20}
+    fit(together, exact=torch.tensor([False, True]), **settings)
+    for run, single in enumerate(alone):
+        fit(single, exact=run == 1, **settings)
+        for ours, wanted in zip(together.pick(run).parameters(), single.parameters(), strict=True):
+            assert torch.equal(ours, wanted)
+    zeros = sum((p == 0).flatten(1).sum(1) for p in together.parameters())
+    assert (zeros > 0).tolist() == [False, True]
+
+
 def test_exact_step_reaches_the_solution_of_lasso():
     """Least squares with a price per weight is scikit-learn's Lasso on scaled features."""
     x = torch.randn(40, 8, generator=ref.generator(2)).double()
