@@ -429,7 +429,8 @@ def _rearrange(group, order):
 def mse_loss(outputs, targets):
     """Mean squared error of every run, (runs,), of outputs (runs, batch, out) for targets of the
     same shape or (batch, out)."""
-    return (outputs - _per_output(targets, outputs.shape)).square().flatten(1).mean(1)
+    wanted = _per_output(targets, outputs.shape).to(outputs)
+    return F.mse_loss(outputs, wanted, reduction="none").flatten(1).mean(1)
 
 
 def cross_entropy(outputs, classes):
@@ -572,7 +573,7 @@ class PricedAdam:
         self.prices, self.m, self.v, self.h, self.d = torch.zeros_like(self.p).repeat(5, 1)
         flags = [_per_run("exact", exact, model, p.ndim).expand_as(p) for p in self.parameters]
         self.exact = torch.cat([part.flatten() for part in flags]) > 0
-        self.any_exact = self.exact.any()
+        self.any_exact = bool(self.exact.any())
 
     @torch.no_grad()
     def step(self, grads):
