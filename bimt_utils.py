@@ -221,9 +221,10 @@ class EmbeddedModel(nn.Module):
 
     def write_outputs(self, values):
         """The last layer on (runs, batch, n), its outputs put back in task order."""
-        layer, output = self.layers[-1], self.out_perm[:, :, None].expand_as(self.layers[-1].weight)
-        weight = torch.empty_like(layer.weight).scatter(1, output, layer.weight)
-        bias = torch.empty_like(layer.bias).scatter(1, self.out_perm, layer.bias)
+        layer, perm = self.layers[-1], self.out_perm
+        index = perm[:, :, None].expand_as(layer.weight)
+        weight = torch.empty_like(layer.weight).scatter(1, index, layer.weight)
+        bias = torch.empty_like(layer.bias).scatter(1, perm, layer.bias)
         return torch.baddbmm(bias[:, None], values, weight.transpose(1, 2))
 
 
@@ -298,7 +299,8 @@ def _rearranged(tensor, axis, order, folds=1):
 
 
 def _per_run(name, value, model, ndim=1):
-    """A number or (runs,), finite and not negative, with `ndim` axes, the first for runs."""
+    """`value`, a number or (runs,), finite and not negative, as a tensor of `ndim` axes, the first
+    for runs."""
     value = torch.as_tensor(value)
     fits = value.shape in ((), (model.runs,)) and not value.is_complex()
     fits = fits and bool(((value >= 0) & (value < math.inf)).all())
@@ -428,7 +430,7 @@ def _rearrange(group, order):
 
 def mse_loss(outputs, targets):
     """Mean squared error of every run, (runs,), of outputs (runs, batch, out) for targets of the
-    same shape or (batch, out)."""
+    same shape or (batch, out), which take the outputs' dtype and device."""
     wanted = _per_output(targets, outputs.shape).to(outputs)
     return F.mse_loss(outputs, wanted, reduction="none").flatten(1).mean(1)
 
@@ -502,8 +504,8 @@ def train(model, loss_fn, *, steps, lr, lamb, cost=connection_cost, swap=swap_ne
     cost:       cost(model) -> (runs,), linear in the sizes of the parameters, or phases of such
     swap:       swap(model), called after every `swap_every` steps (0: never); it may change the
                 parameters in place, and Adam's moments stay with the slots
-    exact:      True, or a boolean (runs,): the networks that take the proximal step (ours), which
-                reaches exact zeros: see `PricedAdam`
+    exact:      whether to take the proximal step (ours), which reaches exact zeros, a boolean or
+                (runs,): see `PricedAdam`
     metrics:    name -> metric(model) -> (runs,), evaluated at up to 101 steps, without gradients
     snapshots:  number of snapshots after the first
 
@@ -559,10 +561,11 @@ class PricedAdam:
         h = g + c sign p                m <- b1 m + (1 - b1) h       v <- b2 v + (1 - b2) h^2
         d = sqrt(v_hat) + eps           p <- p - lr m_hat / d
 
-    exact=False, the paper's subgradient step, never reaches zero. Its proximal form, exact=True
-    (ours), does: m averages g instead of h, d is at least c, and then all p shrink,
-    p <- sign(p) max(|p| - lr c / d, 0). Both are at rest where |g| <= c for p = 0 and
-    g = -c sign p elsewhere. `exact` is one for all or one per run, (runs,).
+    exact=False, the paper's subgradient step, hovers around zero. Its proximal form, exact=True
+    (ours), reaches it: m averages g instead of h, d is at least c, and then all p shrink,
+    p <- sign(p) max(|p| - lr c / d, 0). It is at rest where |g| <= c for p = 0 and g = -c sign p
+    elsewhere. `exact` is a boolean or one per run, (runs,). `prices`, the c of all parameters that
+    train in one vector, are 0 until they are set.
     """
 
     def __init__(self, model, lr, exact=False, betas=(0.9, 0.999), eps=1e-8):
@@ -571,6 +574,8 @@ class PricedAdam:
         self.p = nn.utils.parameters_to_vector(self.parameters).detach()
         nn.utils.vector_to_parameters(self.p, self.parameters)  # now they are parts of self.p
         self.prices, self.m, self.v, self.h, self.d = torch.zeros_like(self.p).repeat(5, 1)
+        exact = torch.as_tensor(exact)
+        _require(exact.dtype == torch.bool, "exact to be True, False or one for each run", exact)
         flags = [_per_run("exact", exact, model, p.ndim).expand_as(p) for p in self.parameters]
         self.exact = torch.cat([part.flatten() for part in flags]) > 0
         self.any_exact = bool(self.exact.any())
@@ -943,8 +948,8 @@ def save_figure(fig, name):
 
 
 class Claims:
-    """The paper's claims about one figure, tested in every run of a seed. `table` is a pandas frame
-    with one row per claim and run. A notebook shows its summary."""
+    """Claims about one figure, tested in every run of a seed. `table` is a pandas frame with one
+    row per claim and run. A notebook shows its summary."""
 
     def __init__(self, figure, seed):
         self.figure, self.seed, self.parts = figure, seed, {}

@@ -314,7 +314,7 @@ def training_steps():
     tokens = {"in_folds": 2, "embedding": (59, 32)}, {"in_folds": 2, "embedding": (24, 32)}
     transformer = definitions("incontext_3.4")["EmbeddedTransformer"](2, 2, runs=4)
     return {
-        "Figure 3: 20 of 4-20-20-2": steps(EmbeddedMLP((4, 20, 20, 2), 20), 100, 4),
+        "Figure 3: 24 of 4-20-20-2": steps(EmbeddedMLP((4, 20, 20, 2), 24), 100, 4),
         "Figure 4: 16 of 2-20-20-2": steps(EmbeddedMLP((2, 20, 20, 2), 16), 200, 2),
         "Figure 5: 2 of 2x32-50-50-59": steps(
             EmbeddedMLP((64, 50, 50, 59), 2, **tokens[0]), 2784, 2, high=59
@@ -323,7 +323,7 @@ def training_steps():
             EmbeddedMLP((64, 50, 50, 24), 15, **tokens[1]), 460, 2, high=24
         ),
         "Figure 7: 4 transformers": steps(transformer, 64, 3, 2),
-        "Figure 8: 3 of 784-100-100-10": steps(EmbeddedMLP((784, 100, 100, 10), 3), 100, 784),
+        "Figure 8: 4 of 784-100-100-10": steps(EmbeddedMLP((784, 100, 100, 10), 4), 100, 784),
     }
 
 

@@ -98,6 +98,9 @@ def test_every_run_takes_its_own_kind_of_step():
             assert torch.equal(ours, wanted)
     zeros = sum((p == 0).flatten(1).sum(1) for p in together.parameters())
     assert (zeros > 0).tolist() == [False, True]
+    for wrong in ([0, 1], 0.5, [True] * 3):  # such as numbers of runs
+        with pytest.raises(ValueError, match="expected exact"):
+            fit(new_model(), exact=wrong)
 
 
 def test_exact_step_reaches_the_solution_of_lasso():
