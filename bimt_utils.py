@@ -221,10 +221,8 @@ class EmbeddedModel(nn.Module):
 
     def write_outputs(self, values):
         """The last layer on (runs, batch, n), its outputs put back in task order."""
-        layer, perm = self.layers[-1], self.out_perm
-        index = perm[:, :, None].expand_as(layer.weight)
-        weight = torch.empty_like(layer.weight).scatter(1, index, layer.weight)
-        bias = torch.empty_like(layer.bias).scatter(1, perm, layer.bias)
+        layer, slots = self.layers[-1], self.out_perm.argsort(1)
+        weight, bias = (_rearranged(p, 1, slots) for p in (layer.weight, layer.bias))
         return torch.baddbmm(bias[:, None], values, weight.transpose(1, 2))
 
 
@@ -430,9 +428,8 @@ def _rearrange(group, order):
 
 def mse_loss(outputs, targets):
     """Mean squared error of every run, (runs,), of outputs (runs, batch, out) for targets of the
-    same shape or (batch, out), which take the outputs' dtype and device."""
-    wanted = _per_output(targets, outputs.shape).to(outputs)
-    return F.mse_loss(outputs, wanted, reduction="none").flatten(1).mean(1)
+    same shape or (batch, out)."""
+    return (outputs - _per_output(targets, outputs.shape)).square().flatten(1).mean(1)
 
 
 def cross_entropy(outputs, classes):
@@ -574,11 +571,11 @@ class PricedAdam:
         self.p = nn.utils.parameters_to_vector(self.parameters).detach()
         nn.utils.vector_to_parameters(self.p, self.parameters)  # now they are parts of self.p
         self.prices, self.m, self.v, self.h, self.d = torch.zeros_like(self.p).repeat(5, 1)
-        exact = torch.as_tensor(exact)
-        _require(exact.dtype == torch.bool, "exact to be True, False or one for each run", exact)
-        flags = [_per_run("exact", exact, model, p.ndim).expand_as(p) for p in self.parameters]
-        self.exact = torch.cat([part.flatten() for part in flags]) > 0
-        self.any_exact = bool(self.exact.any())
+        exact = torch.as_tensor(exact, device=self.p.device)
+        fits = exact.dtype == torch.bool and exact.shape in ((), (model.runs,))
+        _require(fits, f"exact to be a boolean or one per run, ({model.runs},)", exact)
+        each, self.any_exact = exact.expand(model.runs), bool(exact.any())
+        self.exact = torch.cat([each.repeat_interleave(p[0].numel()) for p in self.parameters])
 
     @torch.no_grad()
     def step(self, grads):
