@@ -90,7 +90,7 @@ def margins(part, values):
     """By how much values satisfy (above 0) or miss a claim: in decades where they span several."""
     low, high = (part[name].astype(float).iloc[0] for name in ("at_least", "at_most"))
     high = np.inf if high == 1 and low > 0 else high  # no share is above 1
-    if part.value.min() > 0 and part.value.max() > 10 * part.value.min():
+    if np.nanmin([part.value.min(), low, high]) > 0 and part.value.max() > 10 * part.value.min():
         low, high, values = (np.log10(np.maximum(x, 1e-300)) for x in (low, high, values))
     return np.fmin(values - low, high - values)  # a missing bound is NaN
 
