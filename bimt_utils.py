@@ -574,7 +574,7 @@ class PricedAdam:
         exact = torch.as_tensor(exact, device=self.p.device)
         fits = exact.dtype == torch.bool and exact.shape in ((), (model.runs,))
         _require(fits, f"exact to be a boolean or one per run, ({model.runs},)", exact)
-        each, self.any_exact = exact.expand(model.runs), bool(exact.any())
+        each, self.any_exact = exact.to(self.p).expand(model.runs), bool(exact.any())
         self.exact = torch.cat([each.repeat_interleave(p[0].numel()) for p in self.parameters])
 
     @torch.no_grad()
@@ -587,8 +587,8 @@ class PricedAdam:
         self.v.mul_(b2).addcmul_(h, h, value=1 - b2)
         torch.sqrt(self.v, out=d).div_((1 - b2**self.steps) ** 0.5).add_(self.eps)
         if self.any_exact:
-            floor = c * self.exact
-            torch.where(self.exact, g, h, out=h)
+            floor = c * self.exact  # the prices that shrink
+            h.lerp_(g, self.exact)
             d.clamp_(min=floor)
         self.m.lerp_(h, 1 - b1)
         p.addcdiv_(self.m, d, value=-self.lr / (1 - b1**self.steps))
