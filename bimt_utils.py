@@ -40,8 +40,6 @@ from IPython import get_ipython
 from IPython.display import Pretty, display
 from matplotlib.animation import FFMpegWriter, PillowWriter
 from matplotlib.collections import LineCollection
-from scipy.optimize import linear_sum_assignment
-from scipy.stats import binomtest
 from torch import nn
 
 
@@ -71,20 +69,6 @@ def line(n):
     return ((torch.arange(n) + 0.5) / n)[:, None]
 
 
-def grid(height, width=None):
-    """Places of `height` x `width` neurons in the unit square, (n, 2), row-major, x fastest."""
-    width = height if width is None else width
-    return torch.cartesian_prod(line(height)[:, 0], line(width)[:, 0]).flip(1)
-
-
-def ring(n, radius=0.25):
-    """Places of `n` neurons on a circle around (1/2, 1/2), (n, 2), at angles 2 pi (i + 1/2) / n."""
-    fits = isinstance(radius, int | float) and math.isfinite(radius)
-    _require(fits, "a finite radius", radius)
-    angle = 2 * math.pi * line(n)[:, 0]
-    return 0.5 + radius * torch.stack([angle.cos(), angle.sin()], 1)
-
-
 # ---------------------------------------------------------------- models (paper, section 2)
 
 
@@ -102,7 +86,8 @@ class EmbeddedLinear(nn.Module):
         _require_counts(1, in_folds=in_folds, out_folds=out_folds, runs=runs)
         a, b = (torch.as_tensor(p).to(torch.get_default_dtype()) for p in (in_places, out_places))
         fits = a.ndim == b.ndim == 2 and a.shape[1:] == b.shape[1:] and a.numel() * b.numel()
-        _require(fits, "places (n, d) and (m, d)", (a.shape, b.shape))
+        fits = fits and bool(a.isfinite().all() and b.isfinite().all())
+        _require(fits, "finite places (n, d) and (m, d)", (a, b))
         self.in_folds, self.out_folds = in_folds, out_folds
         distance = (b[:, None] - a).abs().sum(-1).repeat(out_folds, in_folds)
         for name, buffer in {"in_places": a, "out_places": b, "distance": distance}.items():
@@ -333,21 +318,17 @@ def connection_cost(model, A=1.0, y0=0.1, *, A_last=None, biases=True, reduce="s
 
 
 @torch.no_grad()
-def swap_neurons(model, top_k=5, *, reduce="sum", method="greedy", mask=None):
+def swap_neurons(model, top_k=5, *, reduce="sum", mask=None):
     """Let neurons trade places where that shortens the wiring; outputs do not change.
 
-    method="greedy" (the paper): row by row from input to output, the slots are ranked once by
-    the sum of |w| of their neuron's wires. For each of the first `top_k` slots, its neuron trades
-    places with the neuron of the group that shortens the wiring most, if any does.
-    method="optimal" (ours): every group takes its best arrangement with the others held fixed, a
-    linear assignment problem; `top_k` plays no part.
+    Row by row from input to output, the slots are ranked once by the sum of |w| of their neuron's
+    wires. For each of the first `top_k` slots, its neuron trades places with the neuron of the
+    group that shortens the wiring most, if any does.
 
     `mask` (runs,) tells which networks are treated, default all; `reduce` should be the one of
-    `connection_cost`.
-    Returns by how much the sum (or mean) of |w| * distance fell, (runs,).
+    `connection_cost`. Returns by how much the sum (or mean) of |w| * distance fell, (runs,).
     """
     _require(reduce in ("sum", "mean"), "reduce to be 'sum' or 'mean'", repr(reduce))
-    _require(method in ("greedy", "optimal"), "method to be 'greedy' or 'optimal'", repr(method))
     _require_counts(0, top_k=top_k)
     mask = torch.ones(model.runs, dtype=torch.bool) if mask is None else torch.as_tensor(mask).cpu()
     fits = mask.dtype == torch.bool and mask.shape == (model.runs,)
@@ -359,7 +340,7 @@ def swap_neurons(model, top_k=5, *, reduce="sum", method="greedy", mask=None):
         _require(not both, "every group at one end of a layer", "one at both")
         if group.movable:
             table, score = _slot_costs(group, reduce)
-            order = _greedy(table, score, top_k) if method == "greedy" else _optimal(table)
+            order = _greedy(table, score, top_k)
             run, slot = np.arange(model.runs)[:, None], np.arange(order.shape[1])
             order[~mask.numpy()] = slot
             fall += (table[run, slot, slot] - table[run, order, slot]).sum(1)
@@ -398,16 +379,6 @@ def _greedy(table, score, top_k):
         first = (change <= best + rounding).argmax(1)
         other = np.where((best < -rounding)[:, 0], first, slot)
         order[run, slot], order[run, other] = order[run, other], mover
-    return order
-
-
-def _optimal(table):
-    """As `_greedy`, but the best arrangement of the whole group."""
-    order = np.tile(np.arange(table.shape[1]), (len(table), 1))
-    for run, costs in enumerate(table):
-        neuron, slot = linear_sum_assignment(costs)
-        if costs[neuron, slot].sum() < (1 - 1e-12) * np.trace(costs):
-            order[run, slot] = neuron
     return order
 
 
@@ -541,13 +512,12 @@ def train(model, loss_fn, *, steps, lr, lamb, cost=connection_cost, swap=swap_ne
                 swap(model)
         text = f"{label}: {steps:,} steps, {time.perf_counter() - began:.1f} s"
         shown.update(Pretty(text)) if shown else print(text)
-    except KeyboardInterrupt:
-        history._keep(history.done, model)
-        print(f"interrupted after {history.done} of {steps} steps; the history has what there is")
-    except Exception as error:
+    except BaseException as error:
         history._keep(history.done, model)
         error.history = history
-        raise
+        if not isinstance(error, KeyboardInterrupt):
+            raise
+        print(f"interrupted after {history.done} of {steps} steps; the history has what there is")
     return history
 
 
@@ -803,8 +773,8 @@ POSITIVE, NEGATIVE = "#2040e0", "#e03020"
 FOLD = 0.25  # height between the folds of a row; rows are 1 apart
 
 
-def plot_network(model, run=0, ax=None, *, in_labels=None, out_labels=None, row_names=True,
-                 strongest=None, width=2.0, dot=12, fontsize=10):  # fmt: skip
+def plot_network(model, run=0, ax=None, *, in_labels=None, out_labels=None, strongest=None,
+                 width=2.0, dot=12, fontsize=10):  # fmt: skip
     """Draw one network, inputs below: a dot at (the first coordinate of) every place; a line for
     every weight above a hundredth of its layer's largest, at most the `strongest` of each layer,
     blue if positive, red if negative, as wide as |w| / max |w| of its layer times `width` points.
@@ -840,7 +810,7 @@ def plot_network(model, run=0, ax=None, *, in_labels=None, out_labels=None, row_
             _require(len(labels) == perm.shape[1], f"{perm.shape[1]} labels of {name}", len(labels))
             for (x, _), item in zip(dots(name, [0]), perm[0].tolist(), strict=True):
                 ax.text(x, y, labels[item], ha="center", va=va, fontsize=fontsize)
-    for name in rows if row_names else ():
+    for name in rows:
         ax.text(-0.03, height[name], name, ha="right", va="center", fontsize=fontsize)
     ax.set(xlim=(-0.02, 1.02), ylim=(low - 0.4, top + 0.4))
     ax.axis("off")
@@ -946,7 +916,7 @@ def save_figure(fig, name):
 
 class Claims:
     """Claims about one figure, tested in every run of a seed. `table` is a pandas frame with one
-    row per claim and run. A notebook shows its summary."""
+    row per claim and run."""
 
     def __init__(self, figure, seed):
         self.figure, self.seed, self.parts = figure, seed, {}
@@ -974,31 +944,13 @@ class Claims:
         path = figure_folder(f"claims_figure_{self.figure}.json")
         self.table.to_json(path, orient="records", indent=1, double_precision=15)
 
-    def __repr__(self):
-        return f"claims about Figure {self.figure}"
-
-    def _repr_html_(self):
-        with pd.option_context("display.max_colwidth", None):
-            return summarise(self.table).to_html(index=False)
-
 
 def summarise(table):
-    """One row per claim of a table of `Claims`: ours is "median [lowest, highest]"; "share" is the
-    90 % Wilson interval of the share of runs in which it held; the verdict is "held" or "not held"
-    where that lies on one side of one half, else "undecided"."""
-
-    def summary(part):
-        held, n = int(part.held.sum()), len(part)
-        share = binomtest(held, n).proportion_ci(0.9, method="wilson")
-        verdict = "held" if share.low > 0.5 else "not held" if share.high < 0.5 else "undecided"
-        low, middle, high = part.value.quantile([0, 0.5, 1])
-        return {
-            **part.iloc[0][["claim", "authors"]],
-            "ours": f"{middle:.3g} [{low:.3g}, {high:.3g}]",
-            "held in": f"{held} of {n}",
-            "share": f"{share.low:.2f} to {share.high:.2f}",
-            "verdict": verdict,
-        }
-
-    groups = table.groupby(["figure", "claim"], sort=False)
-    return pd.DataFrame([summary(part) for _, part in groups])
+    """One row per claim of a table of `Claims`: the authors' number, ours as "median [lowest,
+    highest]", and the number of runs in which the claim held."""
+    parts = table.groupby(["figure", "claim"], sort=False)
+    return parts.agg(
+        authors=("authors", "first"),
+        ours=("value", lambda v: f"{v.median():.3g} [{v.min():.3g}, {v.max():.3g}]"),
+        held=("held", lambda held: f"{held.sum()} of {len(held)}"),
+    )

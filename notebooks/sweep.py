@@ -1,4 +1,4 @@
-"""A notebook with another seed, through papermill; only its claims are kept.
+"""Run a notebook with another seed through papermill, keep its claims, and judge those of all runs.
 
     python notebooks/sweep.py two_moon_3.2 1 RUNS=16
 
@@ -12,8 +12,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pandas as pd
 import papermill
 import yaml
+from scipy.stats import binomtest
 
 NOTEBOOKS = Path(__file__).resolve().parent
 RESULTS = NOTEBOOKS.parent / "figures" / "sweep"
@@ -36,6 +38,19 @@ def run(notebook, seed, folder=RESULTS, **parameters):
             part.write_bytes(claims.read_bytes())
             os.replace(part, result)
     return result
+
+
+def verdicts(table):
+    """What all runs say about every claim of a table of claims: "share" is the 90 % Wilson interval
+    of the share of runs in which it held; the verdict is "held" or "not held" where that lies on
+    one side of one half, else "undecided"."""
+    parts = table.groupby(["figure", "claim"], sort=False).held
+    rows = {}
+    for claim, held in parts:
+        share = binomtest(int(held.sum()), len(held)).proportion_ci(0.9, method="wilson")
+        verdict = "held" if share.low > 0.5 else "not held" if share.high < 0.5 else "undecided"
+        rows[claim] = {"share": f"{share.low:.2f} to {share.high:.2f}", "verdict": verdict}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["figure", "claim"])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Every notebook runs to its end with another seed and a short training, as papermill would run
-it: with a cell of new values after the one tagged `parameters`; and so it does when the first
-training is interrupted half-way. Collected by `pytest`, not by `pytest tests`."""
+"""Every notebook runs to its end with another seed, few neurons and a short training, as papermill
+would run it: with a cell of new values after the one tagged `parameters`; and so it does when the
+first training is interrupted half-way. Collected by `pytest`, not by `pytest tests`."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parent
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-OVERRIDES = "SEED, RUNS, STEPS, DEVICE, FRAMES = 7, 1, 30, 'cpu', 2"
+OVERRIDES = "SEED, RUNS, STEPS, DEVICE, FRAMES, WIDTH, HIDDEN = 7, 1, 30, 'cpu', 2, 6, 4"
 INTERRUPT = """
 LAMB = 0.01  # a plain number in place of phases
 import itertools

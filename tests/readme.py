@@ -14,6 +14,9 @@ import numpy as np
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "notebooks"))
+
+from sweep import verdicts
 
 from bimt_utils import NEGATIVE, POSITIVE, summarise
 
@@ -49,6 +52,11 @@ def all_runs(notebook):
     return pd.concat([shown_by(notebook), *map(pd.read_json, files)], ignore_index=True)
 
 
+def judged(table):
+    """One row per claim: what all its runs say."""
+    return summarise(table).join(verdicts(table)).reset_index()
+
+
 def by_figure():
     return sorted(NOTEBOOKS, key=figure_of)
 
@@ -64,7 +72,7 @@ def overview():
     rows = []
     for notebook in by_figure():
         figure, runs = figure_of(notebook), all_runs(notebook)
-        claims = summarise(runs)
+        claims = judged(runs)
         first = claims[claims.authors != "-"].iloc[0]
         rows.append({
             "figure": f"[{figure}](figures/figure_{figure}.png)",
@@ -82,14 +90,14 @@ def overview():
 
 
 def all_claims():
-    tables = ((figure_of(n), markdown(summarise(all_runs(n)))) for n in by_figure())
-    return "\n\n".join(f"**Figure {figure}**\n\n{table}" for figure, table in tables)
+    tables = [judged(all_runs(n)).drop(columns="figure") for n in by_figure()]
+    texts = zip(map(figure_of, by_figure()), map(markdown, tables), strict=True)
+    return "\n\n".join(f"**Figure {figure}**\n\n{table}" for figure, table in texts)
 
 
 def margins(part, values):
     """By how much values satisfy (above 0) or miss a claim: in decades where they span several."""
     low, high = (part[name].astype(float).iloc[0] for name in ("at_least", "at_most"))
-    high = np.inf if high == 1 and low > 0 else high  # no share is above 1
     if np.nanmin([part.value.min(), low, high]) > 0 and part.value.max() > 10 * part.value.min():
         low, high, values = (np.log10(np.maximum(x, 1e-300)) for x in (low, high, values))
     return np.fmin(values - low, high - values)  # a missing bound is NaN
@@ -101,7 +109,7 @@ def picture():
     fig, ax = plt.subplots(figsize=(11, 0.19 * len(parts) + 1), layout="constrained")
     colors = {"held": POSITIVE, "not held": NEGATIVE, "undecided": "#999999"}
     for row, part in enumerate(parts):
-        color = colors[summarise(part).verdict.iloc[0]]
+        color = colors[verdicts(part).verdict.iloc[0]]
         theirs = pd.to_numeric(part.authors.iloc[:1], errors="coerce").to_numpy()
         ours, theirs = margins(part, part.value.to_numpy()), margins(part, theirs)
         size = np.nanmax(np.abs([*ours, *theirs])) or 1

@@ -43,6 +43,12 @@ class Stream(bimt.EmbeddedModel):
         return [ends[0], *row, ends[1]]
 
 
+def ring(n):
+    """Places of `n` neurons on a circle."""
+    angle = 2 * torch.pi * bimt.line(n)
+    return torch.cat([angle.cos(), angle.sin()], 1)
+
+
 @st.composite
 def models(draw, most=5, max_runs=3, kinds=("plain", "folds", "tokens", "ring", "stream")):
     """Small networks of every kind, in double precision."""
@@ -57,7 +63,7 @@ def models(draw, most=5, max_runs=3, kinds=("plain", "folds", "tokens", "ring", 
         runs,
         in_folds=folds,
         embedding=(draw(n), shape[0]) if kind == "tokens" else None,
-        places=[bimt.ring(n) for n in shape] if kind == "ring" else None,
+        places=[ring(n) for n in shape] if kind == "ring" else None,
         frozen=draw(st.sets(st.integers(0, len(shape) - 1), max_size=1)),
         generator=generator(seed),
     ).double()
@@ -225,21 +231,6 @@ def greedy_by_search(model, run, top_k, reduce="sum"):
             best = next(k for k in range(n) if costs[k] <= min(costs) + 1e-12)
             if costs[best] < costs[j] - 1e-12:
                 arrange(group, run, trades[best])
-
-
-def optimal_by_search(model, run, reduce="sum"):
-    """Every row in turn takes the best of all its arrangements."""
-    for number, group in enumerate(groups_of(model)):
-        slots, best = range(len(group.places)), None
-        lowest = distance_cost(model, run, reduce) - 1e-12
-        for order in itertools.permutations(slots) if group.movable else ():
-            arranged = model.pick(run)
-            arrange(groups_of(arranged)[number], 0, order)
-            cost = distance_cost(arranged, 0, reduce)
-            if cost < lowest:
-                best, lowest = order, cost
-        if best is not None:
-            arrange(group, run, best)
 
 
 # ---------------------------------------------------------------- structure

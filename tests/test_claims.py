@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sweep import verdicts
 
 import bimt_utils as bimt
 from bimt_utils import Claims, figure_folder, save_figure, summarise
@@ -36,10 +37,11 @@ def test_one_row_per_claim_and_run_and_one_per_claim_in_the_summary():
     assert short.value.tolist() == [0.1, 0.3, 0.2]
     assert short.run.tolist() == [0, 1, 2]
     assert set(table.seed) == {5}
-    assert summarise(table).drop(columns="share").to_numpy().tolist() == [
-        ["short", "0.15", "0.2 [0.1, 0.3]", "2 of 3", "undecided"],
-        ["exact", "-", "0.95 [0.9, 1]", "16 of 16", "held"],  # the bounds themselves are allowed
-        ["never", "-", "3.5 [1, 6]", "0 of 6", "not held"],
+    together = summarise(table).join(verdicts(table)).drop(columns="share")
+    assert together.reset_index().to_numpy().tolist() == [
+        [9, "short", "0.15", "0.2 [0.1, 0.3]", "2 of 3", "undecided"],
+        [9, "exact", "-", "0.95 [0.9, 1]", "16 of 16", "held"],  # the bounds themselves are allowed
+        [9, "never", "-", "3.5 [1, 6]", "0 of 6", "not held"],
     ]
 
 
@@ -48,7 +50,7 @@ def test_one_row_per_claim_and_run_and_one_per_claim_in_the_summary():
 def test_verdict_follows_the_wilson_interval(held):
     claims = Claims(1, 0)
     claims.add("any", held, at_least=1)
-    row = summarise(claims.table).iloc[0]
+    row = verdicts(claims.table).iloc[0]
     n, share, z = len(held), sum(held) / len(held), 1.6448536269514722  # 90 %
     half = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     low, high = ((share + z**2 / (2 * n) + side) / (1 + z**2 / n) for side in (-half, half))
@@ -63,9 +65,9 @@ def test_claims_are_written_read_back_and_shown(claim):  # defect 16
     claims.save()
     saved = pd.read_json(figure_folder() / "claims_figure_9.json")
     assert np.allclose(saved.value, claims.table.value, rtol=1e-12)
-    assert summarise(saved).to_numpy().tolist() == summarise(claims.table).to_numpy().tolist()
-    shown = claims._repr_html_()
-    assert shown.count("<tr") == 1 + 4
+    assert summarise(saved).equals(summarise(claims.table))
+    shown = summarise(claims.table).to_html()
+    assert shown.count("<tr") == 2 + 4
     assert "<b>" not in shown
     for line in claim.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").split("\n"):
         assert line in shown

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import bimt_utils as bimt
-from bimt_utils import connection_cost, grid, line, ring, swap_neurons
+from bimt_utils import connection_cost, line, swap_neurons
 
 SEEDS, REDUCE = st.integers(0, 1000), st.sampled_from(["sum", "mean"])
 MLPS = ("plain", "folds", "tokens", "ring")
@@ -32,16 +32,13 @@ def new_tokens(runs=2, seed=0):
 
 def test_places():
     assert line(4).tolist() == [[0.125], [0.375], [0.625], [0.875]]
-    assert torch.allclose(grid(2, 3)[1], torch.tensor([0.5, 0.25]))  # x runs first
-    assert torch.equal(grid(5), grid(5, 5))
-    assert torch.allclose((ring(4, radius=0.3) - 0.5).norm(dim=1), torch.tensor(0.3))
-    assert torch.allclose(ring(4)[0], 0.5 + 0.25 * torch.tensor([0.5, 0.5]).sqrt())
 
 
 def test_distance_is_manhattan_and_repeats_over_folds():
-    layer = bimt.EmbeddedLinear(grid(2), ring(3), in_folds=2, out_folds=3)
+    four, three = ref.ring(4), ref.ring(3)
+    layer = bimt.EmbeddedLinear(four, three, in_folds=2, out_folds=3)
     assert layer.distance.shape == (9, 8)
-    assert torch.allclose(layer.distance[0, 1], (ring(3)[0] - grid(2)[1]).abs().sum())
+    assert torch.allclose(layer.distance[0, 1], (three[0] - four[1]).abs().sum())
     assert torch.equal(layer.distance[:3, :4], layer.distance[6:, 4:])
 
 
@@ -152,7 +149,7 @@ def test_cuda_gives_the_same(exact):
     for network in (model, other):
         arguments = {"steps": 40, "lr": 1e-2, "lamb": A, "swap_every": 10, "exact": exact}
         bimt.train(network, lambda m: m(x).square().mean((1, 2)), **arguments)
-        swap_neurons(network, method="optimal", mask=A > 0)
+        swap_neurons(network, mask=A > 0)
     nulls = [bimt.shuffled(bimt.prune(m, 0.1), ref.generator()) for m in (model, other)]
     assert torch.allclose(nulls[0](x), nulls[1](x).cpu())
 
@@ -173,38 +170,30 @@ def test_cost_equals_a_double_loop(model, reduce, biases, A_last):
     assert torch.equal(connection_cost(model), connection_cost(model, A=1.0, y0=0.1))
 
 
-@pytest.mark.parametrize("method", ["greedy", "optimal"])
 @few(25)
 @given(ref.models(most=4), st.integers(0, 5), REDUCE, st.sampled_from([0, 0.6, 1]), SEEDS)
-def test_swaps_equal_brute_force(method, model, top_k, reduce, share, masked):
-    if method == "greedy" or share == 1:  # what is best in a thin network is not unique
-        model = ref.thinned(model, masked, share)
+def test_swaps_equal_brute_force(model, top_k, reduce, share, masked):
+    model = ref.thinned(model, masked, share)
     mask = torch.tensor([masked >> run & 1 for run in range(model.runs)]) == 1
     slow, first, outputs = copy.deepcopy(model), copy.deepcopy(model), model(ref.some_input(model))
-    saved = swap_neurons(model, top_k, reduce=reduce, method=method, mask=mask)
+    saved = swap_neurons(model, top_k, reduce=reduce, mask=mask)
     for run in range(model.runs):
-        if mask[run] and method == "greedy":
+        if mask[run]:
             ref.greedy_by_search(slow, run, top_k, reduce)
-        elif mask[run]:
-            ref.optimal_by_search(slow, run, reduce)
-        before, now, best = (ref.distance_cost(m, run, reduce) for m in (first, model, slow))
-        assert now == pytest.approx(best, abs=1e-9)
+        before, now = (ref.distance_cost(m, run, reduce) for m in (first, model))
         assert saved[run].item() == pytest.approx(before - now, abs=1e-9)
         assert saved[run] >= 0
         assert saved[run] > 0 or ref.same_state(model.pick(run), first.pick(run))
-    assert method == "optimal" or ref.same_state(model, slow)
+    assert ref.same_state(model, slow)
     assert torch.allclose(outputs, model(ref.some_input(model)))
 
 
-def test_optimal_beats_greedy_where_one_row_moves():
+def test_frozen_rows_stay():
     model = new_model((6, 12, 5), runs=20, frozen=(0, 2))
-    greedy, optimal = copy.deepcopy(model), copy.deepcopy(model)
-    first, best = swap_neurons(greedy, 12), swap_neurons(optimal, method="optimal")
-    assert (best >= first - 1e-6).all()
-    assert (best > first + 1e-3).any()
-    for one in (greedy, optimal):
-        assert torch.equal(one.in_perm, model.in_perm)
-        assert torch.equal(one.out_perm, model.out_perm)
+    moved = copy.deepcopy(model)
+    assert (swap_neurons(moved, 12) > 0).all()
+    assert torch.equal(moved.in_perm, model.in_perm)
+    assert torch.equal(moved.out_perm, model.out_perm)
 
 
 def test_interrupt_anywhere_in_a_swap_leaves_the_function():
@@ -235,18 +224,19 @@ SHAPES = [(4,), (), 5, {4, 20, 2}, (4, 0, 2), (4, -3, 2), (4, 2.5), (4, True)]  
 SETTINGS = [{"runs": 0}, {"runs": 1.5}, {"in_folds": 3}, {"in_folds": 0}, {"frozen": (2,)}]
 SETTINGS += [{"frozen": 0}, {"frozen": (-1,)}, {"embedding": (7, 4), "in_folds": 2}]
 SETTINGS += [{"embedding": size} for size in (7, (7, 3), (7.5, 4), (0, 4))]
-SETTINGS += [{"places": [line(4), *rest]} for rest in ([], [line(3)], [ring(2)])]
+SETTINGS += [{"places": [line(4), *rest]} for rest in ([], [line(3)], [ref.ring(2)])]
 RUNS = [2, -3, 0.5, [], [0, 2], True, [True, False], [[0, 1]]]  # defect 29
 PRICES = [-1.0, float("nan"), float("inf"), 1j, torch.ones(3), torch.tensor([0.1, -0.1])]
 TOKENS = [[[0, 7]], [[-1, 0]], [[1, 2, 3]], [0, 1], [[0.0, 1.0]], [[True, False]], [[1j, 0]]]
-SWAPS = [{"top_k": -1}, {"top_k": 1.5}, {"reduce": "max"}, {"method": "best"}, {"mask": [0, 1]}]
+SWAPS = [{"top_k": -1}, {"top_k": 1.5}, {"reduce": "max"}, {"mask": [0, 1]}]
 
 
 @pytest.mark.parametrize(
     "call",
     [
         lambda _: line(0),
-        lambda _: bimt.EmbeddedLinear(line(2), grid(2)),
+        lambda _: bimt.EmbeddedLinear(line(2), ref.ring(2)),
+        lambda _: bimt.EmbeddedLinear(line(2), line(2) / 0),
         lambda _: bimt.EmbeddedLinear(line(2), line(2), out_folds=0),
         *(lambda _, s=shape: bimt.EmbeddedMLP(s) for shape in SHAPES),
         *(lambda _, s=settings: bimt.EmbeddedMLP((4, 2), **s) for settings in SETTINGS),

@@ -11,9 +11,9 @@ import pytest
 import torch
 from mpl_toolkits.mplot3d.art3d import Line3DCollection
 from notebook_cells import definitions
-from reference import generator
+from reference import generator, ring
 
-from bimt_utils import EmbeddedMLP, grid, ring, swap_neurons
+from bimt_utils import EmbeddedMLP, swap_neurons
 
 NOTEBOOK = definitions("mnist_3.5", before="Offline and without the files")
 NAMES = list(NOTEBOOK["MD5"])
@@ -140,8 +140,13 @@ def test_what_is_missing_is_fetched(folder, tmp_path_factory, monkeypatch, writa
 # ---------------------------------------------------------------- the picture in space
 
 
+def test_neurons_of_a_grid_run_along_x_first():
+    places = [[(x + 0.5) / 3, (y + 0.5) / 3] for y in range(3) for x in range(3)]
+    assert torch.allclose(NOTEBOOK["grid"](3), torch.tensor(places))
+
+
 def cube(**kwargs):
-    places = [grid(3), grid(2), ring(4)]
+    places = [NOTEBOOK["grid"](3), NOTEBOOK["grid"](2), ring(4)]
     return EmbeddedMLP((9, 4, 4), places=places, generator=generator(), **kwargs)
 
 
@@ -184,7 +189,7 @@ def test_strongest_wires_only():
 
 
 def test_rows_that_do_not_fit_are_refused():  # defect 8
-    folded = EmbeddedMLP((18, 4), in_folds=2, places=[grid(3), grid(2)])
+    folded = EmbeddedMLP((18, 4), in_folds=2, places=[NOTEBOOK["grid"](side) for side in (3, 2)])
     for model in (folded, EmbeddedMLP((3, 4))):
         with pytest.raises(ValueError, match="expected rows in the plane"):
             NOTEBOOK["plot_network_3d"](model, 0, space())

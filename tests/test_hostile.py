@@ -32,14 +32,12 @@ words = st.sampled_from(["", "mean", "greedy", "loss", "input", "A1", "../x", "x
 anything = st.one_of(st.none(), st.booleans(), numbers, tensors, lists, words)
 FINE = {  # name -> arguments that work
     "line": {"n": 3},
-    "grid": {"height": 2, "width": 3},
-    "ring": {"n": 3, "radius": 0.2},
     "EmbeddedLinear": {"in_places": bimt.line(2), "out_places": bimt.line(3), "in_folds": 2,
         "out_folds": 1, "runs": 2},
     "EmbeddedMLP": {"shape": (4, 3, 2), "runs": 2, "in_folds": 2, "embedding": (5, 2),
         "places": [bimt.line(2), bimt.line(3), bimt.line(2)], "frozen": (0,)},
     "connection_cost": {"model": MODEL, "A": 1.0, "y0": 0.1, "A_last": 0.0, "reduce": "sum"},
-    "swap_neurons": {"model": MODEL, "top_k": 2, "reduce": "sum", "method": "greedy",
+    "swap_neurons": {"model": MODEL, "top_k": 2, "reduce": "sum",
         "mask": torch.tensor([True, False])},
     "mse_loss": {"outputs": torch.zeros(2, 6, 2), "targets": Y},
     "cross_entropy": {"outputs": torch.zeros(2, 3, 2), "classes": torch.tensor([0, 1, 1])},

@@ -92,9 +92,9 @@ def test_labels_follow_their_neurons():
     model = new_model((5, 9, 3), runs=2)
     bimt.swap_neurons(model, 9)
     assert not torch.equal(model.in_perm[1], torch.arange(5))
-    ax = plot_network(model, 1, in_labels="abcde", out_labels="xyz", row_names=False)
+    ax = plot_network(model, 1, in_labels="abcde", out_labels="xyz")
     shown = {text.get_text(): text.get_position()[0] for text in ax.texts}
-    assert len(shown) == 8
+    assert len(shown) == 8 + 3
     for perm, names in ((model.in_perm, "abcde"), (model.out_perm, "xyz")):
         for slot, item in enumerate(perm[1].tolist()):
             assert shown[names[item]] == pytest.approx((slot + 0.5) / len(names))

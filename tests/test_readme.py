@@ -33,8 +33,7 @@ def test_readme_tells_what_the_runs_gave():
 def test_claims_are_those_that_the_notebook_shows(notebook):  # defect 19
     outputs = [out for cell in cells(notebook) for out in cell.get("outputs", [])]
     shown = ["".join(out.get("data", {}).get("text/html", "")) for out in outputs]
-    with pd.option_context("display.max_colwidth", None):
-        assert summarise(shown_by(notebook)).to_html(index=False) in shown
+    assert any(summarise(shown_by(notebook)).to_html() in html for html in shown)
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
