@@ -9,7 +9,7 @@ does not contain. BIMT has three ingredients:
 2. Wires cost. Training minimises prediction loss + lamb * connection cost, and every weight w pays
    |w| * (A * distance + y0): an L1 penalty that grows with the length of the wire.
 3. Neurons swap. Every `swap_every` steps, neurons of one row trade places where that shortens the
-   wiring. The function of the network does not change; gradient descent alone cannot do this.
+   wiring. The network computes the same function; gradient descent cannot make such moves.
 
 Every model holds `runs` independent networks in one tensor (seeds, ablations, or both), because
 for networks this small the calls cost more than the arithmetic. A wrong argument raises ValueError
@@ -176,6 +176,8 @@ class EmbeddedModel(nn.Module):
                 groups[read].readers.append(layer)
                 groups[written].writers.append(layer)
         rows = list(groups.values())
+        apart = rows[0] is not rows[-1]
+        _require(apart, "inputs and outputs in groups of their own", "one group for both")
         rows[0].label, rows[-1].label = self.in_perm, self.out_perm
         rows[0].writers += [] if self.embedding is None else [self.embedding]
         for number in self.frozen:
@@ -226,7 +228,8 @@ class EmbeddedMLP(EmbeddedModel):
 
     def __init__(self, shape, runs=1, *, in_folds=1, embedding=None, places=None, frozen=(),
                  generator=None):  # fmt: skip
-        _require(isinstance(shape, tuple | list) and len(shape) > 1, "shape of two rows", shape)
+        fits = isinstance(shape, tuple | list) and len(shape) > 1
+        _require(fits, "a shape of at least two rows", shape)
         _require_counts(1, in_folds=in_folds, **{f"shape[{i}]": n for i, n in enumerate(shape)})
         counts = [shape[0] // in_folds, *shape[1:]]
         _require(counts[0] * in_folds == shape[0], f"in_folds to divide {shape[0]}", in_folds)
@@ -425,8 +428,8 @@ def _classes(classes, outputs):
 
 def _per_output(targets, shape):
     fits = isinstance(targets, torch.Tensor) and targets.shape in (shape, shape[1:])
-    got = getattr(targets, "shape", targets)
-    _require(fits, f"targets {tuple(shape)}, with or without runs", got)
+    got = f"{type(targets).__name__} {tuple(getattr(targets, 'shape', ()))}"
+    _require(fits, f"targets, a tensor {tuple(shape)} or {tuple(shape[1:])}", got)
     return targets.expand(shape)
 
 
@@ -435,7 +438,7 @@ class History:
     """What `train` saw of `model`: `history["loss"]`, `["cost"]`, `["objective"]` (loss + lamb *
     cost) and every metric, each (logs, runs), at `history.steps`. `phases` are the steps after 0 at
     which lamb changes; `snapshots` holds step -> `state_dict`, on the CPU; `done` counts the steps
-    made."""
+    made. `model` is a copy, which `at` fills with a snapshot."""
 
     model: EmbeddedModel
     phases: list
@@ -468,7 +471,8 @@ def train(model, loss_fn, *, steps, lr, lamb, cost=connection_cost, swap=swap_ne
     """Minimise loss + lamb * cost with swaps (the paper); returns a `History`.
 
     loss_fn:    loss_fn(model) -> (runs,)
-    lamb:       a number or (runs,), or phases [(fraction of training, value), ...] from fraction 0
+    lamb:       a number or a tensor (runs,), or phases [(fraction of training, value), ...], the
+                first from fraction 0
     cost:       cost(model) -> (runs,), linear in the sizes of the parameters, or phases of such
     swap:       swap(model), called after every `swap_every` steps (0: never); it may change the
                 parameters in place, and Adam's moments stay with the slots
@@ -499,8 +503,8 @@ def train(model, loss_fn, *, steps, lr, lamb, cost=connection_cost, swap=swap_ne
             _check_loss(model, loss, step)
             if step in logged:
                 history.log.append((step, _measured(model, loss, cost, lamb, metrics or {})))
-            if step in logged and shown:
-                shown.update(Pretty(f"{label}: {step:,} of {steps:,} steps"))
+                if shown:
+                    shown.update(Pretty(f"{label}: {step:,} of {steps:,} steps"))
             if step in filmed:
                 history._keep(step, model)
             if step == steps:
@@ -531,13 +535,13 @@ class PricedAdam:
     exact=False, the paper's subgradient step, hovers around zero. Its proximal form, exact=True
     (ours), reaches it: m averages g instead of h, d is at least c, and then all p shrink,
     p <- sign(p) max(|p| - lr c / d, 0). It is at rest where |g| <= c for p = 0 and g = -c sign p
-    elsewhere. `exact` is a boolean or one per run, (runs,). `prices`, the c of all parameters that
-    train in one vector, are 0 until they are set.
+    elsewhere. `exact` is a boolean or one per run, (runs,). `prices` is one vector, the c of all
+    parameters that train; it is 0 until set.
     """
 
-    def __init__(self, model, lr, exact=False, betas=(0.9, 0.999), eps=1e-8):
+    def __init__(self, model, lr, exact=False):
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.lr, self.betas, self.eps, self.steps = lr, betas, eps, 0
+        self.lr, self.betas, self.eps, self.steps = lr, (0.9, 0.999), 1e-8, 0
         self.p = nn.utils.parameters_to_vector(self.parameters).detach()
         nn.utils.vector_to_parameters(self.p, self.parameters)  # now they are parts of self.p
         self.prices, self.m, self.v, self.h, self.d = torch.zeros_like(self.p).repeat(5, 1)
@@ -587,7 +591,7 @@ def _phases(name, phases, steps):
     """[(fraction, value), ...] or one value for all time -> {first step: value, ...}."""
     phases = phases if isinstance(phases, list | tuple) else [(0, phases)]
     pairs = phases and all(isinstance(phase, list | tuple) and len(phase) == 2 for phase in phases)
-    _require(pairs, f"{name} or phases [(fraction, {name}), ...]", phases)
+    _require(pairs, f"{name}, not in a list, or phases [(fraction, {name}), ...]", phases)
     starts = [fraction for fraction, _ in phases]
     rising = starts == sorted({*starts}) and starts[0] == 0 and starts[-1] <= 1
     _require(rising, f"phases of {name} at rising fractions from 0 to 1", starts)
@@ -612,6 +616,7 @@ def _check_loss(model, loss, step):
 def _measured(model, loss, cost, lamb, metrics):
     wiring = cost(model)
     values = {"loss": loss, "cost": wiring, "objective": loss + lamb * wiring}
+    _require(not {*values} & {*metrics}, "metrics with names of their own", [*metrics])
     values |= {name: metric(model) for name, metric in metrics.items()}
     _require_per_run(model, values)
     return {name: value.detach().cpu() for name, value in values.items()}
@@ -753,7 +758,7 @@ def shuffled(model, generator=None):
 
 
 def _exchange_ends(wires, generator):
-    """Wires [to, from] after random exchanges, (to, to), (from, from), that make no wire double."""
+    """Wires [to, from] after random exchanges of ends that make no wire double, as two tensors."""
     taken = {*map(tuple, wires)}
     dense = len({j for j, _ in wires}) * len({i for _, i in wires}) == len(wires)
     tries = 0 if dense else 10 * len(wires)  # where all are joined, nothing can be exchanged
@@ -795,7 +800,7 @@ def plot_network(model, run=0, ax=None, *, in_labels=None, out_labels=None, stro
 
     for layer, read, written in model.wires():
         if layer is None:
-            x = dots(read, [0])[:, 0]
+            x = rows[read].places[:, 0].tolist()
             ax.vlines(x, height[read], height[written], "0.85", lw=0.5, zorder=0)
             continue
         ends = dots(read, range(layer.in_folds)), dots(written, range(layer.out_folds)[::-1])
@@ -894,8 +899,8 @@ def explore(history, draw, *, figsize=(6, 4), dpi=80):
 
 
 def figure_folder(name=""):
-    """The folder for figures, videos and claims, made if missing, or where its file `name` goes:
-    $BIMT_FIGURES, relative to this module's folder, else `figures`."""
+    """The folder for figures, videos and claims, made if missing, or the path of its file `name`.
+    It is $BIMT_FIGURES, relative to this module's folder, or else `figures`."""
     plain = isinstance(name, str) and Path(name).name == name
     _require(plain, "the name of a file, without a folder", repr(name))
     folder = Path(__file__).parent / (os.environ.get("BIMT_FIGURES") or "figures")

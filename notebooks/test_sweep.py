@@ -44,6 +44,12 @@ def test_a_run_that_fails_leaves_no_result(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["RUN", "SEED"])
+def test_a_parameter_that_the_notebook_does_not_have(tmp_path, name):
+    with pytest.raises(ValueError, match=f"expected a parameter of .*, got {name}"):
+        run("two_moon_3.2", 1, tmp_path, **{name: 1})
+
+
 def test_the_command_needs_a_notebook_that_exists(tmp_path):
     command = [sys.executable, NOTEBOOKS / "sweep.py", "no_such_notebook", "1", "DEVICE=cpu"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

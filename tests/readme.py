@@ -47,7 +47,7 @@ def shown_by(notebook):
 
 
 def all_runs(notebook):
-    """The same of the committed run and of the sweep over further seeds together."""
+    """The claims of the committed run together with those of the sweep."""
     files = sorted((ROOT / "figures" / "sweep").glob(f"{notebook.stem}_seed_*.json"))
     return pd.concat([shown_by(notebook), *map(pd.read_json, files)], ignore_index=True)
 
@@ -104,7 +104,7 @@ def margins(part, values):
 
 
 def picture():
-    """Every claim a row, every run a dot: to the right of the line it holds."""
+    """Every claim a row, every run a dot: on the line or to its right the claim holds."""
     parts = [part for n in by_figure() for _, part in all_runs(n).groupby("claim", sort=False)]
     fig, ax = plt.subplots(figsize=(11, 0.19 * len(parts) + 1), layout="constrained")
     colors = {"held": POSITIVE, "not held": NEGATIVE, "undecided": "#999999"}
@@ -121,7 +121,9 @@ def picture():
     names = [f"{part.figure.iloc[0]}  {part.claim.iloc[0]}" for part in parts]
     ax.set_yticks(range(len(parts)), names, fontsize=7)
     ax.set(xlim=(-1.05, 1.05), ylim=(len(parts) - 0.5, -0.5), xticks=[])
-    ax.set_title("a claim fails to the left of the line and holds to the right", fontsize=9)
+    ax.set_title(
+        "a claim fails to the left of the line and holds on it or to its right", fontsize=9
+    )
     for name, color in colors.items():
         ax.plot([], [], "o", color=color, label=name)
     ax.plot([], [], "D", color="black", mfc="none", label="authors")

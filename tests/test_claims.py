@@ -58,6 +58,12 @@ def test_verdict_follows_the_wilson_interval(held):
     assert row.verdict == ("held" if low > 0.5 else "not held" if high < 0.5 else "undecided")
 
 
+def test_no_run_is_counted_twice():
+    table = some_claims().table
+    with pytest.raises(ValueError, match="expected every run once"):
+        verdicts(pd.concat([table, table.iloc[-1:]]))
+
+
 @pytest.mark.parametrize("claim", ["a | b", "two\nlines", '<b>"bold"</b> & more', "λ ≤ 1" * 30])
 def test_claims_are_written_read_back_and_shown(claim):  # defect 16
     claims = some_claims()

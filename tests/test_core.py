@@ -212,7 +212,12 @@ def test_interrupt_anywhere_in_a_swap_leaves_the_function():
 
 class SelfLoop(bimt.EmbeddedMLP):
     def wires(self):
-        return [(None, "input", "output"), (self.layers[0], "input", "output")]
+        return [*super().wires(), (None, "A1", "A2")]
+
+
+class OneStream(bimt.EmbeddedMLP):
+    def wires(self):
+        return [*super().wires(), (None, "input", "output")]
 
 
 def with_nan(model):
@@ -249,7 +254,8 @@ SWAPS = [{"top_k": -1}, {"top_k": 1.5}, {"reduce": "max"}, {"mask": [0, 1]}]
         *(lambda m, p=price: connection_cost(m, A_last=p) for price in PRICES),
         *(lambda m, s=settings: swap_neurons(m, **s) for settings in SWAPS),
         lambda m: swap_neurons(m, mask=[True]),
-        lambda _: swap_neurons(SelfLoop((3, 3))),
+        lambda _: swap_neurons(SelfLoop((2, 3, 3, 2))),
+        lambda _: swap_neurons(OneStream((3, 4, 3))),
         with_nan,
     ],
 )

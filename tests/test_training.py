@@ -376,6 +376,7 @@ NO_LOSSES += [lambda m: torch.ones(3, requires_grad=True)]
         ("swap_every", [-1, 2.5, float("nan")]),
         ("loss_fn", [torch.no_grad()(loss_fn), *NO_LOSSES]),  # defect 11
         ("metrics", [{"right": loss_fn, "wrong": wrong} for wrong in NO_LOSSES]),  # defect 2
+        ("metrics", [{"loss": loss_fn}, {"objective": loss_fn}]),
     ],
 )
 def test_bad_settings_are_refused_before_the_first_step(name, values, exact):
