@@ -204,7 +204,8 @@ class EmbeddedModel(nn.Module):
         expected = f"x of {ndim} axes, the last {n}, or with {self.runs} runs in front"
         _require(fits, expected, tuple(x.shape))
         x = x.expand(self.runs, *x.shape) if shared else x
-        return _rearranged(x, x.ndim - 1, self.in_perm, folds)
+        moved = (self.in_perm.diff() != 1).any()
+        return _rearranged(x, x.ndim - 1, self.in_perm, folds) if moved else x
 
     def write_outputs(self, values):
         """The last layer on (runs, batch, n), its outputs put back in task order."""
@@ -492,6 +493,7 @@ def train(model, loss_fn, *, steps, lr, lamb, cost=connection_cost, swap=swap_ne
     lambs = {start: _per_run("lamb", value, model) for start, value in lambs.items()}
     history = History(copy.deepcopy(model), list(lambs)[1:])
     optimizer, began = PricedAdam(model, lr, exact), time.perf_counter()
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)  # once this is freed, glibc keeps freed memory
     logged, filmed = ({round(k * steps / n) for k in range(n + 1)} for n in (100, snapshots))
     shown = display(Pretty(label), display_id=True) if get_ipython() else None
     try:
@@ -544,7 +546,7 @@ class PricedAdam:
         self.lr, self.betas, self.eps, self.steps = lr, (0.9, 0.999), 1e-8, 0
         self.p = nn.utils.parameters_to_vector(self.parameters).detach()
         nn.utils.vector_to_parameters(self.p, self.parameters)  # now they are parts of self.p
-        self.prices, self.m, self.v, self.h, self.d = torch.zeros_like(self.p).repeat(5, 1)
+        self.prices, self.m, self.v, *self.scratch = torch.zeros_like(self.p).repeat(6, 1)
         exact = torch.as_tensor(exact, device=self.p.device)
         fits = exact.dtype == torch.bool and exact.shape in ((), (model.runs,))
         _require(fits, f"exact to be a boolean or one per run, ({model.runs},)", exact)
@@ -555,20 +557,20 @@ class PricedAdam:
     def step(self, grads):
         """`grads` are the gradients of the loss, one for each of `parameters`."""
         self.steps += 1
-        (b1, b2), c, p, h, d = self.betas, self.prices, self.p, self.h, self.d
-        g = torch.cat([grad.flatten() for grad in grads])
+        (b1, b2), c, p, (g, h, d) = self.betas, self.prices, self.p, self.scratch
+        torch.cat([grad.flatten() for grad in grads], out=g)
         torch.sign(p, out=h).mul_(c).add_(g)
         self.v.mul_(b2).addcmul_(h, h, value=1 - b2)
         torch.sqrt(self.v, out=d).div_((1 - b2**self.steps) ** 0.5).add_(self.eps)
         if self.any_exact:
-            floor = c * self.exact  # the prices that shrink
             h.lerp_(g, self.exact)
+            floor = torch.mul(c, self.exact, out=g)  # the prices that shrink
             d.clamp_(min=floor)
         self.m.lerp_(h, 1 - b1)
         p.addcdiv_(self.m, d, value=-self.lr / (1 - b1**self.steps))
         if self.any_exact:
             shrink = floor.mul_(self.lr).div_(d)
-            p -= p.clamp(-shrink, shrink)
+            p -= torch.abs(p, out=h).clamp_(max=shrink).copysign_(p)
 
 
 def _prices(model, cost, lamb):
