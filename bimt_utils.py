@@ -11,9 +11,9 @@ does not contain. BIMT has three ingredients:
 3. Neurons swap. Every `swap_every` steps, neurons of one row trade places where that shortens the
    wiring. The network computes the same function; gradient descent cannot make such moves.
 
-Every model holds `runs` independent networks in one tensor (seeds, ablations, or both), because
-for networks this small the calls cost more than the arithmetic. A wrong argument raises ValueError
-with what was expected, unless Python or torch refuse it first.
+Every model holds `runs` independent networks in one tensor (seeds, ablations, or both), because,
+for networks this small, calling torch costs more than the arithmetic. A wrong argument raises a
+ValueError that says what was expected, unless Python or torch rejects it first.
 
 Glossary, paper -> here: lambda -> `lamb`; A -> `A`; y0, the distance between neighbouring rows ->
 `y0`; d_ij -> `EmbeddedLinear.distance`; number of neurons tried per swap, k -> `top_k`; steps
@@ -204,7 +204,7 @@ class EmbeddedModel(nn.Module):
         expected = f"x of {ndim} axes, the last {n}, or with {self.runs} runs in front"
         _require(fits, expected, tuple(x.shape))
         x = x.expand(self.runs, *x.shape) if shared else x
-        moved = (self.in_perm.diff() != 1).any()
+        moved = (self.in_perm.diff() != 1).any()  # false only for 0, 1, 2, ...
         return _rearranged(x, x.ndim - 1, self.in_perm, folds) if moved else x
 
     def write_outputs(self, values):
@@ -271,7 +271,7 @@ class EmbeddedMLP(EmbeddedModel):
         folds = self.layers[0].in_folds
         fits = not fraction and tokens.ndim == 2 and tokens.shape[1] == folds
         _require(fits, f"integers (batch, {folds})", f"{tokens.dtype} {tuple(tokens.shape)}")
-        known = not len(tokens) or (tokens.min() >= 0 and tokens.max() < shape[1])
+        known = ((tokens >= 0) & (tokens < shape[1])).all()
         _require(known, f"tokens from 0 to {shape[1] - 1}", tokens)
         found = self.embedding.index_select(1, tokens.long().flatten())
         return found.view(self.runs, len(tokens), folds * shape[2])
@@ -373,7 +373,8 @@ def _greedy(table, score, top_k):
     the cost by C[n_j, k] + C[n_k, j] - C[n_j, j] - C[n_k, k]."""
     run, n = np.arange(len(table)), table.shape[1]
     ranked = score.argsort(dim=1, descending=True, stable=True)[:, :top_k].cpu().numpy()
-    order, rounding = np.tile(np.arange(n), (len(table), 1)), 1e-12 * np.trace(table.T)[:, None]
+    order = np.tile(np.arange(n), (len(table), 1))
+    rounding = 1e-12 * table.trace(axis1=1, axis2=2)[:, None]  # of the whole cost
     for slot in ranked.T:
         cost, mover = table[run[:, None], order, np.arange(n)], order[run, slot]
         change = table[run, mover] + table[run[:, None], order, slot[:, None]]
@@ -493,7 +494,8 @@ def train(model, loss_fn, *, steps, lr, lamb, cost=connection_cost, swap=swap_ne
     lambs = {start: _per_run("lamb", value, model) for start, value in lambs.items()}
     history = History(copy.deepcopy(model), list(lambs)[1:])
     optimizer, began = PricedAdam(model, lr, exact), time.perf_counter()
-    torch.empty(2**25 - 2**16, dtype=torch.uint8)  # once this is freed, glibc keeps freed memory
+    # once a block of nearly 32 MiB is freed, glibc keeps freed memory for the next step to use
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)
     logged, filmed = ({round(k * steps / n) for k in range(n + 1)} for n in (100, snapshots))
     shown = display(Pretty(label), display_id=True) if get_ipython() else None
     try:
@@ -564,7 +566,7 @@ class PricedAdam:
         torch.sqrt(self.v, out=d).div_((1 - b2**self.steps) ** 0.5).add_(self.eps)
         if self.any_exact:
             h.lerp_(g, self.exact)
-            floor = torch.mul(c, self.exact, out=g)  # the prices that shrink
+            floor = torch.mul(c, self.exact, out=g)  # the prices that shrink; g is used up
             d.clamp_(min=floor)
         self.m.lerp_(h, 1 - b1)
         p.addcdiv_(self.m, d, value=-self.lr / (1 - b1**self.steps))
@@ -673,7 +675,7 @@ def _links(model):
 
 def live_neurons(model):
     """Which neurons lie on a path from input to output, row name -> mask (runs, n), slot by slot.
-    A neuron that only hands on its bias is not live, nor is an input whose embedding is zero."""
+    A neuron that no input reaches is not live, nor is an input whose embedding is zero."""
     links = list(_links(model))
     inputs, outputs = torch.ones_like(model.in_perm) > 0, torch.ones_like(model.out_perm) > 0
     inputs = inputs if model.embedding is None else (model.embedding != 0).any(1)
@@ -830,7 +832,8 @@ def _lines(weight, lower, upper, strongest, width):
     size = np.abs(weight)
     largest = size.max() or 1.0
     j, i = np.nonzero(size > 0.01 * largest)
-    j, i = np.stack([j, i])[:, size[j, i].argsort()[-(strongest or size.size) :]]
+    kept = size[j, i].argsort()[-(strongest or size.size) :]
+    j, i = j[kept], i[kept]
     colors, widths = np.where(weight[j, i] > 0, POSITIVE, NEGATIVE), width * size[j, i] / largest
     ends = np.stack([lower[i], upper[j]], 1)
     return LineCollection(ends, linewidths=widths, colors=colors, capstyle="butt")
@@ -947,7 +950,7 @@ class Claims:
 
     def save(self):
         """Write `table` to claims_figure_N.json. `pandas.read_json` reads it back, with NaN for a
-        bound that is missing."""
+        missing bound."""
         path = figure_folder(f"claims_figure_{self.figure}.json")
         self.table.to_json(path, orient="records", indent=1, double_precision=15)
 

@@ -315,9 +315,9 @@ def training_steps():
     transformer = definitions("incontext_3.4")["EmbeddedTransformer"](2, 2, runs=4)
     return {
         "Figure 3: 24 of 4-20-20-2": steps(EmbeddedMLP((4, 20, 20, 2), 24), 100, 4),
-        "Figure 4: 16 of 2-20-20-2": steps(EmbeddedMLP((2, 20, 20, 2), 16), 200, 2),
-        "Figure 5: 2 of 2x32-50-50-59": steps(
-            EmbeddedMLP((64, 50, 50, 59), 2, **tokens[0]), 2784, 2, high=59
+        "Figure 4: 64 of 2-20-20-2": steps(EmbeddedMLP((2, 20, 20, 2), 64), 200, 2),
+        "Figure 5: 3 of 2x32-50-50-59": steps(
+            EmbeddedMLP((64, 50, 50, 59), 3, **tokens[0]), 2784, 2, high=59
         ),
         "Figure 6: 15 of 2x32-50-50-24": steps(
             EmbeddedMLP((64, 50, 50, 24), 15, **tokens[1]), 460, 2, high=24
