@@ -4,27 +4,28 @@ Liu, Gan and Tegmark, "Seeing is Believing: Brain-Inspired Modular Training for 
 Interpretability", arXiv 2305.08746 (2023). "The paper" below is this one; "ours" marks what it
 does not contain. BIMT has three ingredients:
 
-1. Neurons have places. Each row of neurons (input, hidden, output) lies in the unit interval or
-   the unit square, so every weight is a wire with a length.
-2. Wires cost. Training minimises prediction loss + lamb * connection cost, and every weight w pays
-   |w| * (A * distance + y0): an L1 penalty that grows with the length of the wire.
+1. Neurons have places, in the unit interval or square, so every weight is a wire with a length.
+2. Wires cost. Training minimises loss + lamb * cost, and a wire costs |w| * (A * distance + y0):
+   an L1 penalty that grows with the length of the wire.
 3. Neurons swap. Every `swap_every` steps, neurons of one row trade places where that shortens the
    wiring. The network computes the same function; gradient descent cannot make such moves.
 
 Every model holds `runs` independent networks in one tensor (seeds, ablations, or both), because,
-for networks this small, calling torch costs more than the arithmetic. A wrong argument raises a
-ValueError that says what was expected, unless Python or torch rejects it first.
+for networks this small, calling torch costs more than the arithmetic. An argument that would give
+a wrong result raises a ValueError that says what was expected.
 
 Glossary, paper -> here: lambda -> `lamb`; A -> `A`; y0, the distance between neighbouring rows ->
-`y0`; d_ij -> `EmbeddedLinear.distance`; number of neurons tried per swap, k -> `top_k`; steps
-between swaps, S -> `swap_every`; connection cost -> `connection_cost`.
+`y0`; d_ij -> `EmbeddedLinear.distance`; neurons tried per swap, k -> `top_k`; steps between swaps,
+S -> `swap_every`.
 """
 
 import copy
 import io
-import math
 import os
+import subprocess
 import time
+from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,12 +34,9 @@ import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import networkx as nx
 import numpy as np
-import pandas as pd
 import torch
-import torch.nn.functional as F
-from IPython import get_ipython
-from IPython.display import Pretty, display
-from matplotlib.animation import FFMpegWriter, PillowWriter
+from IPython import display, get_ipython
+from matplotlib.animation import FFMpegWriter
 from matplotlib.collections import LineCollection
 from torch import nn
 
@@ -48,28 +46,12 @@ def _require(condition, expected, got):
         raise ValueError(f"expected {expected}, got {got}")
 
 
-def _require_finite(model):
-    finite = all(p.isfinite().all() for p in model.parameters())
-    _require(finite, "finite weights", "some that are not")
-
-
-def _require_counts(least, **counts):
-    for name, value in counts.items():
-        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-        fits = whole and value >= least
-        _require(fits, f"{name} to be a whole number of at least {least}", repr(value))
-
-
-# ---------------------------------------------------------------- places (paper, section 2)
+# ---------------------------------------------------------------- models (paper, section 2)
 
 
 def line(n):
     """Places of `n` neurons in a row, (n, 1): neuron i sits at (i + 1/2) / n."""
-    _require_counts(1, n=n)
     return ((torch.arange(n) + 0.5) / n)[:, None]
-
-
-# ---------------------------------------------------------------- models (paper, section 2)
 
 
 class EmbeddedLinear(nn.Module):
@@ -78,21 +60,15 @@ class EmbeddedLinear(nn.Module):
     With `in_folds=2`, two blocks of inputs (two tokens, say) share the same n places: feature
     f * n + i sits at place i; `out_folds` does the same for outputs. `weight` (runs, out, in) and
     `bias` (runs, out) are drawn from `generator` as in `nn.Linear`; `distance` (out, in) is the
-    Manhattan length of every wire.
-    """
+    Manhattan length of every wire."""
 
     def __init__(self, in_places, out_places, *, in_folds=1, out_folds=1, runs=1, generator=None):
         super().__init__()
-        _require_counts(1, in_folds=in_folds, out_folds=out_folds, runs=runs)
-        a, b = (torch.as_tensor(p).to(torch.get_default_dtype()) for p in (in_places, out_places))
-        fits = a.ndim == b.ndim == 2 and a.shape[1:] == b.shape[1:] and a.numel() * b.numel()
-        fits = fits and bool(a.isfinite().all() and b.isfinite().all())
-        _require(fits, "finite places (n, d) and (m, d)", (a, b))
         self.in_folds, self.out_folds = in_folds, out_folds
-        distance = (b[:, None] - a).abs().sum(-1).repeat(out_folds, in_folds)
-        for name, buffer in {"in_places": a, "out_places": b, "distance": distance}.items():
-            self.register_buffer(name, buffer.clone(), persistent=False)
-        bound = 1 / math.sqrt(distance.shape[1])
+        distance = torch.cdist(out_places, in_places, p=1).repeat(out_folds, in_folds)
+        self.in_places, self.out_places = in_places, out_places
+        self.register_buffer("distance", distance, persistent=False)
+        bound = distance.shape[1] ** -0.5
         weight = torch.empty(runs, *distance.shape).uniform_(-bound, bound, generator=generator)
         bias = torch.empty(runs, len(distance)).uniform_(-bound, bound, generator=generator)
         self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
@@ -101,56 +77,46 @@ class EmbeddedLinear(nn.Module):
         """(runs, batch, in) -> (runs, batch, out)."""
         return torch.baddbmm(self.bias[:, None], x, self.weight.transpose(1, 2))
 
+    def sizes(self):
+        """|w| added up over folds, (runs, m, n), in double precision on the CPU."""
+        sizes = self.weight.detach().cpu().double().abs()
+        _require(sizes.isfinite().all(), "finite weights", "some that are not")
+        sizes = sizes.unflatten(1, (self.out_folds, -1)).sum(1)
+        return sizes.unflatten(2, (self.in_folds, -1)).sum(2)
+
 
 @dataclass(eq=False)
 class NeuronGroup:
-    """Neurons that trade places with each other. They are outputs of the layers `writers` (also
-    of an embedding (runs, tokens, dim)) and inputs of the layers `readers`; the permutation buffer
-    `label` (runs, n) rides along. A group that is not `movable` is never swapped."""
+    """Neurons that trade places with each other, at `places` (n, d). `ends` lists the (layer, axis)
+    whose outputs (axis 1 of the weight) or inputs (axis 2) they are; whoever moves them permutes
+    all `axes`, a list of (tensor, axis, folds). A group that is not `movable` is never swapped."""
 
-    writers: list = field(default_factory=list)
-    readers: list = field(default_factory=list)
-    label: torch.Tensor | None = None
+    places: torch.Tensor
     movable: bool = True
-
-    @property
-    def places(self):
-        """Where the slots are, (n, d)."""
-        return self.readers[0].in_places if self.readers else self.writers[-1].out_places
-
-    def layers(self):
-        """Every (layer, axis of its weight, folds) along which the neurons lie."""
-        written = [m for m in self.writers if isinstance(m, EmbeddedLinear)]
-        return [(m, 1, m.out_folds) for m in written] + [(m, 2, m.in_folds) for m in self.readers]
-
-    def axes(self):
-        """Every (tensor, axis, folds) that has to be permuted when the neurons move."""
-        layers = self.layers()
-        found = [(layer.weight, axis, folds) for layer, axis, folds in layers]
-        found += [(layer.bias, 1, folds) for layer, axis, folds in layers if axis == 1]
-        found += [(tensor, 2, 1) for tensor in self.writers if isinstance(tensor, torch.Tensor)]
-        return found + ([] if self.label is None else [(self.label, 1, 1)])
+    ends: list = field(default_factory=list)
+    axes: list = field(default_factory=list)
 
 
 class EmbeddedModel(nn.Module):
     """`runs` independent networks whose neurons have places: the base of every architecture.
 
-    `layers` are its `EmbeddedLinear`s in forward order; the first reads the inputs, the last
-    writes the outputs. A subclass defines two methods, and nothing else needs to know it:
+    `layers` are its `EmbeddedLinear`s; the first reads the inputs, the last writes the outputs. A
+    subclass defines two methods, and nothing else needs to know it:
     rows(x): the values of every row after the input, a list; last the outputs in task order
     wires(): a list of (layer, name of the row it reads, name of the row it writes) in forward
-             order; (None, a, b) says that row b is the next stage of the residual stream a
+             order; (None, a, b) says that row b is the next stage of the residual stream a, and
+             comes before the layers that write to b
 
     Integer buffers `in_perm` and `out_perm` (runs, n) tell which input feature or output sits in
-    each slot. `embedding` is (runs, tokens, dim) or None; `frozen` holds numbers of rows.
-    """
+    each slot. `embedding` is (runs, tokens, dim) or None; `frozen` holds numbers of rows. Copies
+    are deep: what a model keeps of a forward pass must be detached."""
 
     def __init__(self, layers):
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        n_in, n_out = len(self.layers[0].in_places), len(self.layers[-1].out_places)
-        self.register_buffer("in_perm", torch.arange(n_in).repeat(self.runs, 1))
-        self.register_buffer("out_perm", torch.arange(n_out).repeat(self.runs, 1))
+        ends = {"in_perm": self.layers[0].in_places, "out_perm": self.layers[-1].out_places}
+        for name, places in ends.items():
+            self.register_buffer(name, torch.arange(len(places)).repeat(self.runs, 1))
         self.register_parameter("embedding", None)
         self.frozen = ()
 
@@ -164,53 +130,61 @@ class EmbeddedModel(nn.Module):
         return self.rows(x)[-1]
 
     def groups(self):
-        """Row name -> `NeuronGroup`, from input to output; the stages of a stream share one."""
-        groups, first = {}, {}  # first: stage of a stream -> its first stage
-        for layer, read, written in self.wires():
+        """Row name -> `NeuronGroup`, from input to output; the stages of a stream share one.
+        Refuses wires along which neurons cannot be permuted."""
+        groups, already_read, wires = {}, set(), self.wires()
+        for layer, read, written in wires:
+            already_read.add(read)
+            fits = (read in groups or not groups) and written not in already_read
+            fits = fits and (layer or written not in groups)
+            _require(fits, "wires in forward order, every stage with one source", wires)
             if layer is None:
-                first[written] = first.get(read, read)
-        for layer, read, written in self.wires():
-            for name in (read, written):
-                groups[name] = groups.get(name) or groups.get(first.get(name)) or NeuronGroup()
-            if layer is not None:
-                groups[read].readers.append(layer)
-                groups[written].writers.append(layer)
-        rows = list(groups.values())
-        apart = rows[0] is not rows[-1]
-        _require(apart, "inputs and outputs in groups of their own", "one group for both")
-        rows[0].label, rows[-1].label = self.in_perm, self.out_perm
-        rows[0].writers += [] if self.embedding is None else [self.embedding]
+                groups[written] = groups[read]
+                continue
+            inputs = groups.setdefault(read, NeuronGroup(layer.in_places))
+            outputs = groups.setdefault(written, NeuronGroup(layer.out_places))
+            _require(inputs is not outputs, "a layer to join two groups", f"one that {read} is in")
+            inputs.ends.append((layer, 2))
+            outputs.ends.append((layer, 1))
+            inputs.axes.append((layer.weight, 2, layer.in_folds))
+            outputs.axes += [(p, 1, layer.out_folds) for p in (layer.weight, layer.bias)]
+        rows, listed = list(groups.values()), [id(layer) for layer, *_ in wires if layer]
+        fits = sorted(listed) == sorted(map(id, self.layers)) and groups[written] is rows[-1]
+        _require(fits, "every layer in one wire, and the outputs last", wires)
+        rows[0].axes.append((self.in_perm, 1, 1))
+        rows[-1].axes.append((self.out_perm, 1, 1))
+        if self.embedding is not None:
+            rows[0].axes.append((self.embedding, 2, 1))
         for number in self.frozen:
             rows[number].movable = False
         return groups
 
     def pick(self, run):
         """A copy with one run (an int) or with several (a list of ints; repeats are allowed)."""
-        wanted = torch.as_tensor(run)
-        fits = wanted.ndim < 2 and wanted.numel() and wanted.dtype == torch.int64
-        inside = fits and {*wanted.view(-1).tolist()} <= {*range(-self.runs, self.runs)}
-        _require(inside, f"a run below {self.runs} or a list of such", run)
         twin = copy.deepcopy(self)
-        for tensor in twin.state_dict(keep_vars=True).values():
-            tensor.data = tensor.data[wanted.view(-1).to(tensor.device)]
+        own = [*twin.layers.parameters(), twin.in_perm, twin.out_perm]
+        for tensor in own if twin.embedding is None else [*own, twin.embedding]:
+            tensor.data = tensor.data[torch.as_tensor(run).view(-1)]
         return twin
 
-    def read_inputs(self, x, ndim=2):
-        """Inputs in task order, of `ndim` axes or one more for runs in front -> (runs, ..., n),
-        every feature moved to its slot."""
-        x, folds = torch.as_tensor(x).to(self.layers[0].weight), self.layers[0].in_folds
-        n, shared = folds * self.in_perm.shape[1], x.ndim == ndim
-        fits = x.shape[-1:] == (n,) and (shared or (x.ndim == ndim + 1 and len(x) == self.runs))
-        expected = f"x of {ndim} axes, the last {n}, or with {self.runs} runs in front"
-        _require(fits, expected, tuple(x.shape))
-        x = x.expand(self.runs, *x.shape) if shared else x
+    def read_inputs(self, x):
+        """Inputs in task order, (batch, n) or with an axis for runs in front, or integer tokens
+        (batch, folds) for an embedding -> (runs, batch, n), every feature in its slot."""
+        if self.embedding is not None:
+            tokens = torch.as_tensor(x, device=self.embedding.device)
+            return self.embedding.index_select(1, tokens.flatten()).view(self.runs, len(tokens), -1)
+        first = self.layers[0]
+        x, n = torch.as_tensor(x).to(first.weight), first.weight.shape[2]
+        _require(x.shape[-1] == n, f"x (batch, {n}), or with runs in front", tuple(x.shape))
+        x = x.expand(self.runs, -1, -1)
         moved = (self.in_perm.diff() != 1).any()  # false only for 0, 1, 2, ...
-        return _rearranged(x, x.ndim - 1, self.in_perm, folds) if moved else x
+        return _rearranged(x, 2, self.in_perm, first.in_folds) if moved else x
 
     def write_outputs(self, values):
         """The last layer on (runs, batch, n), its outputs put back in task order."""
         layer, slots = self.layers[-1], self.out_perm.argsort(1)
-        weight, bias = (_rearranged(p, 1, slots) for p in (layer.weight, layer.bias))
+        parts = (layer.weight, layer.bias)
+        weight, bias = (_rearranged(p, 1, slots, layer.out_folds) for p in parts)
         return torch.baddbmm(bias[:, None], values, weight.transpose(1, 2))
 
 
@@ -223,180 +197,138 @@ class EmbeddedMLP(EmbeddedModel):
     places:    one (n, d) tensor per row, default `line(n)`; the input row has shape[0] / in_folds
     frozen:    numbers of the rows that never swap (0 is the input)
 
-    Rows are called "input", "A1", "A2", ..., "output". With an embedding, whose own columns move,
-    `in_perm` tells which of the initial dimensions a slot now holds.
-    """
+    Rows are called "input", "A1", "A2", ..., "output". The columns of an embedding move;
+    `in_perm` tells which of them a slot now holds."""
 
     def __init__(self, shape, runs=1, *, in_folds=1, embedding=None, places=None, frozen=(),
                  generator=None):  # fmt: skip
-        fits = isinstance(shape, tuple | list) and len(shape) > 1
-        _require(fits, "a shape of at least two rows", shape)
-        _require_counts(1, in_folds=in_folds, **{f"shape[{i}]": n for i, n in enumerate(shape)})
-        counts = [shape[0] // in_folds, *shape[1:]]
-        _require(counts[0] * in_folds == shape[0], f"in_folds to divide {shape[0]}", in_folds)
-        places = [line(n) for n in counts] if places is None else list(places)
-        _require([len(row) for row in places] == counts, f"places for rows of {counts}", places)
-        fits = isinstance(frozen, tuple | list | set) and {*frozen} <= {*range(len(counts))}
-        _require(fits, f"frozen to list rows below {len(counts)}", frozen)
-        folds = [in_folds] + [1] * (len(counts) - 2)
+        places = [line(n) for n in (shape[0] // in_folds, *shape[1:])] if places is None else places
+        counts = [len(places[0]) * in_folds, *map(len, places[1:])]
+        _require(counts == list(shape), f"places for rows of {list(shape)}", counts)
+        folds = [in_folds] + [1] * (len(shape) - 2)
         super().__init__(
             EmbeddedLinear(*ends, in_folds=f, runs=runs, generator=generator)
             for *ends, f in zip(places, places[1:], folds, strict=False)
         )
         self.shape, self.frozen = tuple(shape), tuple(frozen)
         if embedding is not None:
-            fits = isinstance(embedding, tuple | list) and [*embedding[1:]] == counts[:1]
-            _require(fits, f"embedding (tokens, {counts[0]})", embedding)
-            _require_counts(1, tokens=embedding[0])
             drawn = torch.empty(runs, *embedding).normal_(generator=generator)
             self.embedding = nn.Parameter(drawn)
 
     def rows(self, x):
-        """(batch, in) or (runs, batch, in) floats, or (batch, in_folds) integer tokens -> the
-        values (runs, batch, n) of every row after the input, neuron by slot: hidden rows after
-        their activation, then the outputs in task order."""
-        rows = [self.read_inputs(x) if self.embedding is None else self._look_up(x)]
+        """Inputs as in `read_inputs` -> the values (runs, batch, n) of every row after the input,
+        neuron by slot: hidden rows after their activation, then the outputs in task order."""
+        rows = [self.read_inputs(x)]
         for layer in self.layers[:-1]:
-            rows.append(F.silu(layer(rows[-1])))
+            rows.append(nn.functional.silu(layer(rows[-1])))
         return [*rows[1:], self.write_outputs(rows[-1])]
 
     def wires(self):
         names = ["input", *(f"A{i}" for i in range(1, len(self.layers))), "output"]
         return list(zip(self.layers, names, names[1:], strict=False))
 
-    def _look_up(self, tokens):
-        """Tokens (batch, folds) -> their embeddings side by side, (runs, batch, folds * dim)."""
-        tokens, shape = torch.as_tensor(tokens, device=self.embedding.device), self.embedding.shape
-        fraction = tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool
-        folds = self.layers[0].in_folds
-        fits = not fraction and tokens.ndim == 2 and tokens.shape[1] == folds
-        _require(fits, f"integers (batch, {folds})", f"{tokens.dtype} {tuple(tokens.shape)}")
-        known = ((tokens >= 0) & (tokens < shape[1])).all()
-        _require(known, f"tokens from 0 to {shape[1] - 1}", tokens)
-        found = self.embedding.index_select(1, tokens.long().flatten())
-        return found.view(self.runs, len(tokens), folds * shape[2])
-
 
 def _rearranged(tensor, axis, order, folds=1):
     """`tensor` (runs, ...) along `axis`, in every fold: slot s gets what is in slot order[r, s]."""
-    n = order.shape[1]
-    index = order if folds == 1 else torch.cat([order + f * n for f in range(folds)], 1)
+    index = torch.cat([order + fold * order.shape[1] for fold in range(folds)], 1).to(tensor.device)
     index = index.view(len(index), *[1] * (axis - 1), -1, *[1] * (tensor.ndim - axis - 1))
     return tensor.gather(axis, index.expand_as(tensor))
 
 
-def _per_run(name, value, model, ndim=1):
-    """`value`, a number or (runs,), finite and not negative, as a tensor of `ndim` axes, the first
-    for runs."""
-    value = torch.as_tensor(value)
-    fits = value.shape in ((), (model.runs,)) and not value.is_complex()
-    fits = fits and bool(((value >= 0) & (value < math.inf)).all())
+def _per_run(model, name, value, ndim=1):
+    """`value`, a number or (runs,), not negative, as a tensor like the weights of `model` with
+    `ndim` axes, the first for runs."""
+    weight = model.layers[0].weight
+    value = torch.as_tensor(value, dtype=weight.dtype, device=weight.device)
+    fits = value.shape in ((), (model.runs,)) and bool(((value >= 0) & (value < torch.inf)).all())
     _require(fits, f"{name}, finite and not negative, as a number or ({model.runs},)", value)
-    return value.to(model.layers[0].weight).view(-1, *[1] * (ndim - 1))
+    return value.view(-1, *[1] * (ndim - 1))
 
 
 # ---------------------------------------------------------------- cost (paper, section 2)
 
 
-def connection_cost(model, A=1.0, y0=0.1, *, A_last=None, biases=True, reduce="sum"):
-    """Connection cost of every run, (runs,): every weight pays |w| * (A * distance + y0), every
-    bias and every entry of an embedding y0 times its size.
+def connection_prices(model, A=1.0, y0=0.1, *, A_last=None, biases=True, reduce="sum"):
+    """What one unit of |p| costs, parameter p -> price, a tensor that broadcasts to it.
 
-    `A`, the price per unit length, and `y0`, a fixed price per connection, are numbers or (runs,),
-    finite and not negative. `A_last` replaces A in the last layer. With `biases=False` biases are
-    free. `reduce="mean"` averages within each tensor, as the authors do for larger networks.
-    """
-    _require(reduce in ("sum", "mean"), "reduce to be 'sum' or 'mean'", repr(reduce))
-    A, y0 = _per_run("A", A, model, ndim=3), _per_run("y0", y0, model, ndim=3)
-    A_last = A if A_last is None else _per_run("A_last", A_last, model, ndim=3)
+    A weight of length d costs A * d + y0; a bias, and an entry of an embedding, costs y0. `A`, the
+    price per unit length, and `y0`, a fixed price per connection, are numbers or (runs,); `A_last`
+    replaces A in the last layer. With `biases=False` biases are free. `reduce="mean"` averages
+    within each tensor, as the authors do for larger networks."""
+    A, y0 = _per_run(model, "A", A, ndim=3), _per_run(model, "y0", y0, ndim=3)
+    A_last = A if A_last is None else _per_run(model, "A_last", A_last, ndim=3)
     slopes = [A] * (len(model.layers) - 1) + [A_last]
-    paid = [layer.weight.abs() * (a * layer.distance + y0)
-            for layer, a in zip(model.layers, slopes, strict=True)]  # fmt: skip
-    paid += [layer.bias.abs() * y0[:, 0] for layer in model.layers if biases]
+    prices = {}
+    for layer, A in zip(model.layers, slopes, strict=True):
+        prices[layer.weight] = A * layer.distance + y0
+    if biases:
+        prices |= {layer.bias: y0[:, 0] for layer in model.layers}
     if model.embedding is not None:
-        paid.append(model.embedding.abs() * y0)
-    return sum(getattr(part.flatten(1), reduce)(1) for part in paid)
+        prices[model.embedding] = y0
+    return {p: price / {"sum": 1, "mean": p[0].numel()}[reduce] for p, price in prices.items()}
+
+
+def connection_cost(model, A=1.0, y0=0.1, **options):
+    """Connection cost of every run, (runs,), with the arguments of `connection_prices`: the sum of
+    price * |p|. In a training loop of your own, add lamb times it to the loss."""
+    return _total(connection_prices(model, A, y0, **options))
+
+
+def _total(prices):
+    return sum((price * p.abs()).flatten(1).sum(1) for p, price in prices.items())
 
 
 # ---------------------------------------------------------------- swaps (paper, algorithm 1)
 
 
 @torch.no_grad()
-def swap_neurons(model, top_k=5, *, reduce="sum", mask=None):
+def swap_neurons(model, top_k=5, *, reduce="sum"):
     """Let neurons trade places where that shortens the wiring; outputs do not change.
 
     Row by row from input to output, the slots are ranked once by the sum of |w| of their neuron's
-    wires. For each of the first `top_k` slots, its neuron trades places with the neuron of the
-    group that shortens the wiring most, if any does.
-
-    `mask` (runs,) tells which networks are treated, default all; `reduce` should be the one of
-    `connection_cost`. Returns by how much the sum (or mean) of |w| * distance fell, (runs,).
-    """
-    _require(reduce in ("sum", "mean"), "reduce to be 'sum' or 'mean'", repr(reduce))
-    _require_counts(0, top_k=top_k)
-    mask = torch.ones(model.runs, dtype=torch.bool) if mask is None else torch.as_tensor(mask).cpu()
-    fits = mask.dtype == torch.bool and mask.shape == (model.runs,)
-    _require(fits, f"a boolean mask ({model.runs},)", mask)
-    _require_finite(model)
-    fall = np.zeros(model.runs)
+    wires. For each of the first `top_k` slots, a number or (runs,), its neuron trades places with
+    the neuron of the group that shortens the wiring most, if any does. `reduce` should be the one
+    of `connection_prices`."""
+    top_k = np.array(_per_run(model, "top_k", top_k).tolist())
     for group in dict.fromkeys(model.groups().values()):
-        both = {id(m) for m in group.writers} & {id(m) for m in group.readers}
-        _require(not both, "every group at one end of a layer", "one at both")
         if group.movable:
-            table, score = _slot_costs(group, reduce)
-            order = _greedy(table, score, top_k)
-            run, slot = np.arange(model.runs)[:, None], np.arange(order.shape[1])
-            order[~mask.numpy()] = slot
-            fall += (table[run, slot, slot] - table[run, order, slot]).sum(1)
-            if (order != slot).any():
-                _rearrange(group, torch.from_numpy(order).to(score.device))
-    return torch.from_numpy(fall).to(model.layers[0].weight)
+            order = _trade(*_slot_costs(group, reduce), top_k)
+            moved = [_rearranged(t, axis, order, folds) for t, axis, folds in group.axes]
+            # one call, which no interrupt divides: half a move would change the function
+            torch._foreach_copy_([tensor for tensor, *_ in group.axes], moved)
 
 
 def _slot_costs(group, reduce):
     """With the other groups held fixed, the cost is linear in where the neurons of one group sit:
     C[neuron, slot] = sum over layers of |w|[neuron] @ price[slot]. Returns C (runs, n, n) and the
     sum of |w| of every neuron's wires (runs, n)."""
-    n, table, score = len(group.places), 0.0, 0.0
-    for layer, axis, _ in group.layers():
-        size, price = layer.weight.double().abs(), layer.distance.double()
-        price = price / (price.numel() if reduce == "mean" else 1)
+    table, score = 0.0, 0.0
+    for layer, axis in group.ends:
+        size, price = layer.sizes(), layer.distance.cpu().double()
+        price = price / {"sum": 1, "mean": price.numel()}[reduce]
+        price = price[: size.shape[1], : size.shape[2]]  # folds share their places
         if axis == 2:
             size, price = size.transpose(1, 2), price.T
-        size = size.unflatten(1, (-1, n)).sum(1)  # folds share their places
-        table, score = table + size @ price[:n].T, score + size.sum(2)
-    return table.cpu().numpy(), score
+        table, score = table + size @ price.T, score + size.sum(2)
+    return table.numpy(), score.numpy()
 
 
-def _greedy(table, score, top_k):
-    """The neuron that ends in each slot, (runs, n). Trading the neurons of slots j and k changes
-    the cost by C[n_j, k] + C[n_k, j] - C[n_j, j] - C[n_k, k]."""
-    run, n = np.arange(len(table)), table.shape[1]
-    ranked = score.argsort(dim=1, descending=True, stable=True)[:, :top_k].cpu().numpy()
-    order = np.tile(np.arange(n), (len(table), 1))
-    rounding = 1e-12 * table.trace(axis1=1, axis2=2)[:, None]  # of the whole cost
-    for slot in ranked.T:
-        cost, mover = table[run[:, None], order, np.arange(n)], order[run, slot]
-        change = table[run, mover] + table[run[:, None], order, slot[:, None]]
-        change -= cost + cost[run, slot][:, None]
+def _trade(table, score, top_k):
+    """The neuron that ends in each slot, (runs, n). If the neurons in slots j and k trade places,
+    the cost changes by C[j, k] + C[k, j] - C[j, j] - C[k, k]."""
+    run, order = np.arange(len(table)), np.tile(np.arange(table.shape[1]), (len(table), 1))
+    rounding = 1e-12 * table.trace(axis1=1, axis2=2)  # of the whole cost
+    ranked = (-score).argsort(axis=1, kind="stable")[:, : int(top_k.max())]
+    for rank, slot in enumerate(ranked.T):
+        stay = table.diagonal(axis1=1, axis2=2)
+        change = table[run, slot] + table[run, :, slot] - (stay + stay[run, slot][:, None])
         change[run, slot] = 0  # staying is one of the choices
-        best = change.min(1, keepdims=True)
-        first = (change <= best + rounding).argmax(1)
-        other = np.where((best < -rounding)[:, 0], first, slot)
-        order[run, slot], order[run, other] = order[run, other], mover
-    return order
-
-
-def _rearrange(group, order):
-    """Put neuron order[r, s] of every run r into slot s, in every tensor that knows the group."""
-    moved = [(t, _rearranged(t, axis, order, folds)) for t, axis, folds in group.axes()]
-    try:
-        for tensor, values in moved:
-            tensor.copy_(values)
-    except BaseException:  # an interrupt half-way would leave a network that computes nonsense
-        for tensor, values in moved:
-            tensor.copy_(values)
-        raise
+        best = change.min(1)
+        first = (change <= (best + rounding)[:, None]).argmax(1)
+        other = np.where((best < -rounding) & (rank < top_k), first, slot)
+        for rows in (table, order):  # now row s of the table is about the neuron in slot s
+            rows[run, slot], rows[run, other] = rows[run, other], rows[run, slot]
+    return torch.from_numpy(order)
 
 
 # ---------------------------------------------------------------- training (paper, section 3)
@@ -405,55 +337,62 @@ def _rearrange(group, order):
 def mse_loss(outputs, targets):
     """Mean squared error of every run, (runs,), of outputs (runs, batch, out) for targets of the
     same shape or (batch, out)."""
-    return (outputs - _per_output(targets, outputs.shape)).square().flatten(1).mean(1)
+    return (outputs - _expanded(targets, outputs.shape)).square().flatten(1).mean(1)
 
 
 def cross_entropy(outputs, classes):
     """Cross-entropy of every run, (runs,), of outputs (runs, batch, out) for classes, integers
     (batch,) or (runs, batch)."""
-    wanted = _classes(classes, outputs)
-    each = F.cross_entropy(outputs.flatten(0, 1), wanted.flatten(), reduction="none")
+    wanted = _expanded(classes, outputs.shape[:2], least=0)  # torch would leave -100 out
+    each = nn.functional.cross_entropy(outputs.flatten(0, 1), wanted.flatten(), reduction="none")
     return each.view(len(outputs), -1).mean(1)
 
 
 def accuracy(outputs, classes):
     """Share of correct answers of every run, (runs,); arguments as in `cross_entropy`."""
-    return (outputs.argmax(2) == _classes(classes, outputs)).to(outputs.dtype).mean(1)
+    right = outputs.argmax(2) == _expanded(classes, outputs.shape[:2], least=0)
+    return right.to(outputs.dtype).mean(1)
 
 
-def _classes(classes, outputs):
-    classes, n = _per_output(classes, outputs.shape[:2]).to(outputs.device), outputs.shape[2]
-    known = classes.dtype == torch.int64 and bool(((classes >= 0) & (classes < n)).all())
-    _require(known, f"classes, int64, from 0 to {n - 1}", classes)
-    return classes
-
-
-def _per_output(targets, shape):
-    fits = isinstance(targets, torch.Tensor) and targets.shape in (shape, shape[1:])
-    got = f"{type(targets).__name__} {tuple(getattr(targets, 'shape', ()))}"
-    _require(fits, f"targets, a tensor {tuple(shape)} or {tuple(shape[1:])}", got)
+def _expanded(targets, shape, least=-torch.inf):
+    """`targets` for every run; broadcasting anything else would compare the wrong things."""
+    fits = targets.shape in (shape, shape[1:]) and bool((targets >= least).all())
+    _require(fits, f"targets {tuple(shape)} or {tuple(shape[1:])}, from {least}", targets)
     return targets.expand(shape)
+
+
+class L1AdamW(torch.optim.AdamW):
+    """torch's AdamW for a weighted L1 penalty, the paper's optimizer, without weight decay."""
+
+    def __init__(self, parameters, lr, weight_decay=0.0):
+        super().__init__(parameters, lr, weight_decay=weight_decay, fused=True)
+
+    @torch.no_grad()
+    def step(self, prices):
+        """Minimise loss + sum of price * |p|, `prices` being {p: price}; p.grad holds the gradient
+        of the loss alone."""
+        for p, price in prices.items():
+            p.grad += price * p.sign()
+        super().step()
 
 
 @dataclass
 class History:
     """What `train` saw of `model`: `history["loss"]`, `["cost"]`, `["objective"]` (loss + lamb *
     cost) and every metric, each (logs, runs), at `history.steps`. `phases` are the steps after 0 at
-    which lamb changes; `snapshots` holds step -> `state_dict`, on the CPU; `done` counts the steps
-    made. `model` is a copy, which `at` fills with a snapshot."""
+    which lamb changes; `snapshots` holds step -> `state_dict`, which `at` puts into a copy,
+    `model`."""
 
     model: EmbeddedModel
     phases: list
     log: list = field(default_factory=list)
     snapshots: dict = field(default_factory=dict)
-    done: int = 0
 
     @property
     def steps(self):
         return [step for step, _ in self.log]
 
     def __getitem__(self, name):
-        _require(self.log and name in self.log[0][1], "the name of a logged curve", repr(name))
         return torch.stack([values[name] for _, values in self.log])
 
     def at(self, step):
@@ -463,171 +402,98 @@ class History:
         self.model.load_state_dict(self.snapshots[nearest])
         return self.model
 
-    def _keep(self, step, model):
-        state = {name: t.cpu().clone() for name, t in model.state_dict().items()}
-        self.snapshots.setdefault(step, state)  # an interrupt may come before `done` is counted
+    def keep(self, step, model):
+        """Take a snapshot of `model` after `step` steps."""
+        self.snapshots[step] = {name: t.cpu().clone() for name, t in model.state_dict().items()}
 
 
-def train(model, loss_fn, *, steps, lr, lamb, cost=connection_cost, swap=swap_neurons,
-          swap_every=200, exact=False, metrics=None, snapshots=1, label="training"):  # fmt: skip
+def train(model, loss_fn, *, steps, lr, lamb, prices=connection_prices, optimizer=L1AdamW,
+          swap=swap_neurons, swap_every=200, metrics=None, snapshots=1,
+          label="training"):  # fmt: skip
     """Minimise loss + lamb * cost with swaps (the paper); returns a `History`.
 
     loss_fn:    loss_fn(model) -> (runs,)
-    lamb:       a number or a tensor (runs,), or phases [(fraction of training, value), ...], the
-                first from fraction 0
-    cost:       cost(model) -> (runs,), linear in the sizes of the parameters, or phases of such
-    swap:       swap(model), called after every `swap_every` steps (0: never); it may change the
-                parameters in place, and Adam's moments stay with the slots
-    exact:      whether to take the proximal step (ours), which reaches exact zeros, a boolean or
-                (runs,): see `PricedAdam`
+    lamb:       a number or (runs,), or phases [(fraction of training, value), ...] from fraction 0
+    prices:     prices(model) -> {parameter: price}, or phases of such; cost = sum of price * |p|
+    optimizer:  optimizer(parameters, lr) makes an object whose step(prices) minimises loss + sum of
+                price * |p|, lamb being part of the prices, from the loss's gradients p.grad
+    swap:       swap(model), called after every `swap_every` steps (0: never); the optimizer's
+                moments stay with the slots
     metrics:    name -> metric(model) -> (runs,), evaluated at up to 101 steps, without gradients
     snapshots:  number of snapshots after the first
 
-    `functools.partial` gives `cost` and `swap` their arguments. The model is trained in place.
-    Ctrl-C returns what there is; an exception carries it as `error.history`. A loss that is not
-    finite raises FloatingPointError, which names run and step.
-    """
-    _require_counts(1, steps=steps, snapshots=snapshots)
-    _require_counts(0, swap_every=swap_every)
-    _require(isinstance(lr, int | float) and 0 < lr < math.inf, "lr finite and above 0", lr)
-    lambs, costs = _phases("lamb", lamb, steps), _phases("cost", cost, steps)
-    lambs = {start: _per_run("lamb", value, model) for start, value in lambs.items()}
-    history = History(copy.deepcopy(model), list(lambs)[1:])
-    optimizer, began = PricedAdam(model, lr, exact), time.perf_counter()
-    # once a block of nearly 32 MiB is freed, glibc keeps freed memory for the next step to use
-    torch.empty(2**25 - 2**16, dtype=torch.uint8)
+    `functools.partial` gives `prices`, `optimizer` and `swap` their arguments. The model is trained
+    in place. Ctrl-C returns what there is; an exception carries it as `error.history`. A loss that
+    is not finite raises FloatingPointError, which names run and step."""
+    fits = min(steps, snapshots) > 0 and swap_every >= 0
+    _require(fits, "steps and snapshots above 0, swap_every not below", (steps, swap_every))
+    lambs, tariffs = _phases("lamb", lamb, steps), _phases("prices", prices, steps)
+    lambs = {start: _per_run(model, "lamb", value) for start, value in lambs.items()}
+    history, step, began = History(copy.deepcopy(model), [*lambs][1:]), 0, time.perf_counter()
+    optimizer = optimizer([p for p in model.parameters() if p.requires_grad], lr)
     logged, filmed = ({round(k * steps / n) for k in range(n + 1)} for n in (100, snapshots))
-    shown = display(Pretty(label), display_id=True) if get_ipython() else None
+    shown = display.display(display.Pretty(label), display_id=True) if get_ipython() else None
     try:
         for step in range(steps + 1):
-            if step in lambs or step in costs:
-                lamb, cost = lambs.get(step, lamb), costs.get(step, cost)
-                optimizer.prices = _prices(model, cost, lamb)
-            loss = loss_fn(model)
-            _check_loss(model, loss, step)
-            if step in logged:
-                history.log.append((step, _measured(model, loss, cost, lamb, metrics or {})))
-                if shown:
-                    shown.update(Pretty(f"{label}: {step:,} of {steps:,} steps"))
-            if step in filmed:
-                history._keep(step, model)
-            if step == steps:
-                break
-            grads = torch.autograd.grad(loss.sum(), optimizer.parameters, materialize_grads=True)
-            optimizer.step(grads)
-            history.done = step + 1
-            if swap_every and history.done % swap_every == 0:
+            if swap_every and step and step % swap_every == 0:
                 swap(model)
+            if step in lambs or step in tariffs:
+                lamb, prices = lambs.get(step, lamb), tariffs.get(step, prices)
+                charged = _charged(prices(model), lamb)
+            loss = loss_fn(model)
+            if not loss.isfinite().all():
+                run = (~loss.isfinite()).nonzero().flatten().tolist()
+                raise FloatingPointError(f"the loss is not finite in run {run} at step {step}")
+            if step in logged:
+                history.log.append((step, _measured(model, loss, lamb, prices, metrics or {})))
+                if shown:
+                    shown.update(display.Pretty(f"{label}: {step:,} of {steps:,} steps"))
+            if step in filmed:
+                history.keep(step, model)
+            if step < steps:
+                for p in model.parameters():
+                    p.grad = torch.zeros_like(p)  # who is not in the loss pays all the same
+                loss.sum().backward()
+                optimizer.step(charged)
         text = f"{label}: {steps:,} steps, {time.perf_counter() - began:.1f} s"
-        shown.update(Pretty(text)) if shown else print(text)
+        shown.update(display.Pretty(text)) if shown else print(text)
     except BaseException as error:
-        history._keep(history.done, model)
+        history.keep(step, model)
         error.history = history
         if not isinstance(error, KeyboardInterrupt):
             raise
-        print(f"interrupted after {history.done} of {steps} steps; the history has what there is")
+        print(f"NOTICE: interrupted after {step} of {steps} steps; the history has what there is")
     return history
-
-
-class PricedAdam:
-    """Adam for loss + sum of c |p|, with a price c >= 0 for every entry p of a parameter. With g
-    the gradient of the loss alone, a step is
-
-        h = g + c sign p                m <- b1 m + (1 - b1) h       v <- b2 v + (1 - b2) h^2
-        d = sqrt(v_hat) + eps           p <- p - lr m_hat / d
-
-    exact=False, the paper's subgradient step, hovers around zero. Its proximal form, exact=True
-    (ours), reaches it: m averages g instead of h, d is at least c, and then all p shrink,
-    p <- sign(p) max(|p| - lr c / d, 0). It is at rest where |g| <= c for p = 0 and g = -c sign p
-    elsewhere. `exact` is a boolean or one per run, (runs,). `prices` is one vector, the c of all
-    parameters that train; it is 0 until set.
-    """
-
-    def __init__(self, model, lr, exact=False):
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.lr, self.betas, self.eps, self.steps = lr, (0.9, 0.999), 1e-8, 0
-        self.p = nn.utils.parameters_to_vector(self.parameters).detach()
-        nn.utils.vector_to_parameters(self.p, self.parameters)  # now they are parts of self.p
-        self.prices, self.m, self.v, *self.scratch = torch.zeros_like(self.p).repeat(6, 1)
-        exact = torch.as_tensor(exact, device=self.p.device)
-        fits = exact.dtype == torch.bool and exact.shape in ((), (model.runs,))
-        _require(fits, f"exact to be a boolean or one per run, ({model.runs},)", exact)
-        each, self.any_exact = exact.to(self.p).expand(model.runs), bool(exact.any())
-        self.exact = torch.cat([each.repeat_interleave(p[0].numel()) for p in self.parameters])
-
-    @torch.no_grad()
-    def step(self, grads):
-        """`grads` are the gradients of the loss, one for each of `parameters`."""
-        self.steps += 1
-        (b1, b2), c, p, (g, h, d) = self.betas, self.prices, self.p, self.scratch
-        torch.cat([grad.flatten() for grad in grads], out=g)
-        torch.sign(p, out=h).mul_(c).add_(g)
-        self.v.mul_(b2).addcmul_(h, h, value=1 - b2)
-        torch.sqrt(self.v, out=d).div_((1 - b2**self.steps) ** 0.5).add_(self.eps)
-        if self.any_exact:
-            h.lerp_(g, self.exact)
-            floor = torch.mul(c, self.exact, out=g)  # the prices that shrink; g is used up
-            d.clamp_(min=floor)
-        self.m.lerp_(h, 1 - b1)
-        p.addcdiv_(self.m, d, value=-self.lr / (1 - b1**self.steps))
-        if self.any_exact:
-            shrink = floor.mul_(self.lr).div_(d)
-            p -= torch.abs(p, out=h).clamp_(max=shrink).copysign_(p)
-
-
-def _prices(model, cost, lamb):
-    """lamb times what `cost` charges per unit of size, one vector for all parameters that train. A
-    weighted L1 is linear in |p|, so its prices are its gradient where all parameters are 1."""
-    ones, paid = copy.deepcopy(model), cost(model)
-    _require_per_run(model, {"cost(model)": paid})
-    for p in ones.parameters():
-        p.requires_grad_().data.fill_(1)
-    slopes = torch.autograd.grad(cost(ones).sum(), list(ones.parameters()), materialize_grads=True)
-    pairs = list(zip(slopes, model.parameters(), strict=True))
-    linear = torch.allclose(sum((c * p.abs()).flatten(1).sum(1) for c, p in pairs), paid, rtol=1e-3)
-    fits = linear and all((c >= 0).all() for c in slopes)
-    _require(fits, "a cost that is a weighted sum of sizes, no weight negative", cost)
-    trained = [c * lamb.view(-1, *[1] * (c.ndim - 1)) for c, p in pairs if p.requires_grad]
-    return nn.utils.parameters_to_vector(trained)
 
 
 def _phases(name, phases, steps):
     """[(fraction, value), ...] or one value for all time -> {first step: value, ...}."""
     phases = phases if isinstance(phases, list | tuple) else [(0, phases)]
-    pairs = phases and all(isinstance(phase, list | tuple) and len(phase) == 2 for phase in phases)
-    _require(pairs, f"{name}, not in a list, or phases [(fraction, {name}), ...]", phases)
     starts = [fraction for fraction, _ in phases]
-    rising = starts == sorted({*starts}) and starts[0] == 0 and starts[-1] <= 1
+    rising = starts == sorted({*starts}) and starts[:1] == [0] and starts[-1] <= 1
     _require(rising, f"phases of {name} at rising fractions from 0 to 1", starts)
     return {int(fraction * steps + 1e-9): value for fraction, value in phases}
 
 
-def _require_per_run(model, values):
-    for name, value in values.items():
-        fits = isinstance(value, torch.Tensor) and value.shape == (model.runs,)
-        _require(fits, f"{name} to be a tensor ({model.runs},)", value)
-
-
-def _check_loss(model, loss, step):
-    _require_per_run(model, {"loss_fn(model)": loss})
-    _require(loss.requires_grad, "a loss with a gradient", "one without")
-    if not loss.isfinite().all():
-        run = (~loss.isfinite()).nonzero().flatten().tolist()
-        raise FloatingPointError(f"the loss is not finite in run {run} at step {step}")
+def _charged(prices, lamb):
+    """lamb * price of every parameter that trains."""
+    _require(all((c >= 0).all() for c in prices.values()), "prices of at least 0", "a lower one")
+    each = {p: lamb.view(-1, *[1] * (p.ndim - 1)) for p in prices if p.requires_grad}
+    return {p: lamb * prices[p] for p, lamb in each.items()}
 
 
 @torch.no_grad()
-def _measured(model, loss, cost, lamb, metrics):
-    wiring = cost(model)
-    values = {"loss": loss, "cost": wiring, "objective": loss + lamb * wiring}
-    _require(not {*values} & {*metrics}, "metrics with names of their own", [*metrics])
-    values |= {name: metric(model) for name, metric in metrics.items()}
-    _require_per_run(model, values)
+def _measured(model, loss, lamb, prices, metrics):
+    cost = _total(prices(model))
+    measured = {name: metric(model) for name, metric in metrics.items()}
+    values = dict(loss=loss, cost=cost, objective=loss + lamb * cost, **measured)
+    for name, value in values.items():
+        _require(value.shape == (model.runs,), f"{name} to be ({model.runs},)", tuple(value.shape))
     return {name: value.detach().cpu() for name, value in values.items()}
 
 
 # ---------------------------------------------------------------- structure (ours)
-# These functions look at what is not zero: prune first, or train with exact=True.
+# These functions look at what is not zero: prune first.
 
 
 @torch.no_grad()
@@ -636,7 +502,7 @@ def prune(model, threshold):
     number or (runs,), are zero."""
     twin = copy.deepcopy(model)
     for p in twin.parameters():
-        p[p.abs() <= _per_run("threshold", threshold, model, p.ndim)] = 0
+        p[p.abs() <= _per_run(model, "threshold", threshold, p.ndim)] = 0
     return twin
 
 
@@ -646,79 +512,65 @@ def prune_threshold(model, loss_fn, tolerance=0.05):
     raises its loss, loss_fn(model) -> (runs,), by no more than the share `tolerance`; 0 where even
     the smallest raises it more."""
     loss = loss_fn(model)
-    _require_per_run(model, {"loss_fn(model)": loss})
-    allowed = loss * (1 + _per_run("tolerance", tolerance, model))
-    _require(allowed.isfinite().all(), "a finite loss in every run", loss)
-    best, fine = torch.zeros_like(allowed), torch.ones_like(allowed, dtype=torch.bool)
+    _require(loss.shape == (model.runs,), f"a loss ({model.runs},)", tuple(loss.shape))
+    allowed = loss * (1 + _per_run(model, "tolerance", tolerance))
+    best, fine = torch.zeros_like(loss), loss <= allowed
     for threshold in np.geomspace(1e-4, 1, 81).tolist():
         fine &= loss_fn(prune(model, threshold)) <= allowed
         best[fine] = threshold
-        if not fine.any():
-            break
     return best
 
 
-def _links(model):
-    """All of `wires()`, as (row read, row written, sum of |w| over folds (runs, written, read),
-    mask of the wires); a neuron of a stream leads to itself at the next stage, with weight 0."""
-    _require_finite(model)
-    for layer, read, written in model.wires():
-        if layer is None:
-            same = torch.eye(len(model.groups()[read].places), device=model.in_perm.device)
-            same = same.expand(model.runs, -1, -1)
-            yield read, written, 0 * same, same > 0
-        else:
-            size = layer.weight.detach().abs().unflatten(2, (layer.in_folds, -1)).sum(2)
-            size = size.unflatten(1, (layer.out_folds, -1)).sum(1)
-            yield read, written, size, size > 0
-
-
+@torch.no_grad()
 def live_neurons(model):
-    """Which neurons lie on a path from input to output, row name -> mask (runs, n), slot by slot.
-    A neuron that no input reaches is not live, nor is an input whose embedding is zero."""
-    links = list(_links(model))
-    inputs, outputs = torch.ones_like(model.in_perm) > 0, torch.ones_like(model.out_perm) > 0
-    inputs = inputs if model.embedding is None else (model.embedding != 0).any(1)
-    fed, used = {links[0][0]: inputs}, {links[-1][1]: outputs}
-    for read, written, _, mask in links:
-        fed[written] = (mask & fed[read][:, None]).any(2) | fed.get(written, False)
-    for read, written, _, mask in reversed(links):
-        used[read] = (mask & used[written][:, :, None]).any(1) | used.get(read, False)
+    """Which neurons lie on a path from input to output, row name -> mask (runs, n) on the CPU, slot
+    by slot. A neuron that no input reaches is not live, nor is an input whose embedding is zero."""
+    wires, embedding = model.wires(), model.embedding
+    inputs = model.in_perm >= 0 if embedding is None else (embedding != 0).any(1)
+    fed, used = {wires[0][1]: inputs.cpu()}, {wires[-1][2]: model.out_perm.cpu() >= 0}
+    for layer, read, written in wires:
+        reached = layer.sizes() * fed[read][:, None] if layer else fed[read][..., None]
+        fed[written] = (reached > 0).any(2) | fed.get(written, False)
+    for layer, read, written in reversed(wires):
+        needed = layer.sizes() * used[written][..., None] if layer else used[written][:, None]
+        used[read] = (needed > 0).any(1) | used.get(read, False)
     return {name: fed[name] & used[name] for name in fed}
 
 
-def _graph(model, run):
-    """The live part of a network, a `networkx.DiGraph`: nodes (row, slot), edge `weight` |w|."""
-    _require_counts(-model.runs, run=run)
-    model, graph = model.pick(run), nx.DiGraph()
-    live = live_neurons(model)
-    for name, mask in live.items():
-        graph.add_nodes_from((name, slot) for slot in mask[0].nonzero().flatten().tolist())
-    for read, written, size, mask in _links(model):
-        both = mask[0] & live[written][0, :, None] & live[read][0]
-        for j, i in both.nonzero().tolist():
-            graph.add_edge((read, i), (written, j), weight=float(size[0, j, i]))
-    return graph
+def graph(model, run=0):
+    """The live part of one network, a `networkx.DiGraph`: nodes (row, slot), edge `weight` |w|,
+    added up over folds and over layers between the same two rows; 0 within a residual stream."""
+    model, graph, weights = model.pick(run), nx.DiGraph(), Counter()
+    live = {name: m[0].nonzero().flatten().tolist() for name, m in live_neurons(model).items()}
+    for layer, read, written in model.wires():
+        if layer is None:
+            weights.update({((read, i), (written, i)): 0 for i in live[read]})
+            continue
+        size = layer.sizes()[0]
+        for j, i in size.nonzero().tolist():
+            weights[(read, i), (written, j)] += size[j, i].item()
+    graph.add_weighted_edges_from((*ends, weight) for ends, weight in weights.items())
+    return graph.subgraph((name, slot) for name in live for slot in live[name]).copy()
 
 
 def modules(model, run=0, rows=None):
     """Modules: the connected components of the live neurons, a list of sets of (row, slot), the
     largest first. `rows` names the rows to look at, default all: modules that meet only in the
     output are found by leaving that row out."""
-    graph, known = _graph(model, run), list(model.groups())
+    known = list(model.groups())
     rows = known if rows is None else rows
-    _require(isinstance(rows, list | tuple) and {*rows} <= {*known}, f"a list of {known}", rows)
-    graph = graph.subgraph(node for node in graph if node[0] in rows)
-    parts = nx.weakly_connected_components(graph)
-    return sorted(parts, key=lambda part: (-len(part), sorted(part)))
+    _require({*rows} <= {*known}, f"a list of {known}", rows)
+    part = graph(model, run)
+    part = part.subgraph(node for node in part if node[0] in rows)
+    return sorted(nx.weakly_connected_components(part), key=lambda m: (-len(m), sorted(m)))
 
 
 def inputs_read(model, run=0):
     """For every output, in task order, the set of input features (with folds: of the places that
     the folds share) that reach it."""
-    graph, (first, *_, last) = _graph(model, run), model.groups()
+    live, (first, *_, last) = graph(model, run), model.groups()
     features, slots = model.in_perm[run].tolist(), model.out_perm[run].argsort().tolist()
-    above = [nx.ancestors(graph, (last, j)) if (last, j) in graph else () for j in slots]
+    above = [nx.ancestors(live, (last, j)) if (last, j) in live else () for j in slots]
     return [{features[i] for row, i in nodes if row == first} for nodes in above]
 
 
@@ -735,51 +587,9 @@ def mean_wire(model):
     return wiring_length(model) / total.clamp_min(torch.finfo(total.dtype).tiny)
 
 
-def newman_modularity(model, run=0, seed=0):
-    """Newman's Q of the best communities that Louvain's method finds in the live network, with |w|
-    as weights: a float, 0 for a network without wires."""
-    graph = _graph(model, run).to_undirected()
-    if graph.size(weight="weight") == 0:
-        return 0.0
-    return nx.community.modularity(graph, nx.community.louvain_communities(graph, seed=seed))
-
-
-@torch.no_grad()
-def shuffled(model, generator=None):
-    """A null model: a copy in which, layer by layer, the wires between live neurons exchange ends
-    and weights at random. Every neuron keeps its numbers of wires, so all live ones stay live.
-    `generator` lives on the CPU."""
-    twin, live = copy.deepcopy(model), live_neurons(model)
-    for layer, read, written in [wire for wire in twin.wires() if wire[0] is not None]:
-        for run, weight in enumerate(layer.weight):
-            to = live[written][run].repeat(layer.out_folds)
-            wires = (weight * to[:, None] * live[read][run].repeat(layer.in_folds)).nonzero()
-            order = torch.randperm(len(wires), generator=generator)
-            values = weight[wires.unbind(1)][order.to(weight.device)]
-            weight[wires.unbind(1)] = 0
-            weight[_exchange_ends(wires.tolist(), generator)] = values
-    return twin
-
-
-def _exchange_ends(wires, generator):
-    """Wires [to, from] after random exchanges of ends that make no wire double, as two tensors."""
-    taken = {*map(tuple, wires)}
-    dense = len({j for j, _ in wires}) * len({i for _, i in wires}) == len(wires)
-    tries = 0 if dense else 10 * len(wires)  # where all are joined, nothing can be exchanged
-    pairs = torch.randint(max(1, len(wires)), (tries, 2), generator=generator)
-    for a, b in pairs.tolist():
-        (j, i), (k, h) = wires[a], wires[b]
-        if (j, h) not in taken and (k, i) not in taken:
-            taken -= {(j, i), (k, h)}
-            taken |= {(j, h), (k, i)}
-            wires[a], wires[b] = [j, h], [k, i]
-    return tuple(torch.tensor(wires, dtype=torch.long).view(-1, 2).T)
-
-
 # ---------------------------------------------------------------- pictures
 
 POSITIVE, NEGATIVE = "#2040e0", "#e03020"
-FOLD = 0.25  # height between the folds of a row; rows are 1 apart
 
 
 def plot_network(model, run=0, ax=None, *, in_labels=None, out_labels=None, strongest=None,
@@ -787,38 +597,40 @@ def plot_network(model, run=0, ax=None, *, in_labels=None, out_labels=None, stro
     """Draw one network, inputs below: a dot at (the first coordinate of) every place; a line for
     every weight above a hundredth of its layer's largest, at most the `strongest` of each layer,
     blue if positive, red if negative, as wide as |w| / max |w| of its layer times `width` points.
-
     Folds are rows of dots with their own wires. Grey lines join the stages of a stream.
-    `in_labels` and `out_labels`, in task order, follow the neurons. Returns the axes.
-    """
-    _require_finite(model)
-    _require_counts(-model.runs, run=run)
-    _require_counts(1, strongest=1 if strongest is None else strongest)
+    `in_labels` and `out_labels`, in task order, follow the neurons. Returns the axes."""
     ax, model = plt.subplots(figsize=(5, 4))[1] if ax is None else ax, model.pick(run)
     rows = model.groups()
     height = {name: y for y, name in enumerate(rows)}
 
-    def dots(name, folds):
+    def dots(name, folds=(0,)):  # rows are 1 apart, folds a quarter
         x = rows[name].places[:, 0].tolist()
-        return np.array([(place, height[name] - FOLD * fold) for fold in folds for place in x])
+        return np.array([(place, height[name] - fold / 4) for fold in folds for place in x])
 
     for layer, read, written in model.wires():
         if layer is None:
-            x = rows[read].places[:, 0].tolist()
-            ax.vlines(x, height[read], height[written], "0.85", lw=0.5, zorder=0)
+            ax.vlines(dots(read)[:, 0], height[read], height[written], "0.85", lw=0.5, zorder=0)
             continue
-        ends = dots(read, range(layer.in_folds)), dots(written, range(layer.out_folds)[::-1])
-        ax.add_collection(_lines(layer.weight[0], *ends, strongest, width))
-        ax.scatter(*np.concatenate(ends).T, s=dot, c="black", lw=0, zorder=3)
-    low, top = -FOLD * (model.layers[0].in_folds - 1), len(rows) - 1
+        weight = layer.weight[0].detach().cpu().float().numpy()
+        _require(np.isfinite(weight).all(), f"finite weights from {read} to {written}", "others")
+        size = np.abs(weight) / (np.abs(weight).max() or 1)
+        kept = size.argsort(axis=None, kind="stable")[::-1][:strongest][::-1]  # thick ones on top
+        j, i = np.unravel_index(kept[size.flat[kept] > 0.01], size.shape)
+        lower = dots(read, range(layer.in_folds))
+        upper = dots(written, range(layer.out_folds)[::-1])
+        style = {"linewidths": width * size[j, i], "capstyle": "butt"}
+        style["colors"] = np.where(weight[j, i] > 0, POSITIVE, NEGATIVE)
+        ax.add_collection(LineCollection(np.stack([lower[i], upper[j]], 1), **style))
+        ax.scatter(*np.concatenate([lower, upper]).T, s=dot, c="black", lw=0, zorder=3)
+    low, top = -(model.layers[0].in_folds - 1) / 4, len(rows) - 1
     first, *_, last = rows
-    texts = [(in_labels, model.in_perm, first, low - 0.12, "top")]
-    texts += [(out_labels, model.out_perm, last, top + 0.12, "bottom")]
-    for labels, perm, name, y, va in texts:
-        if labels is not None:
-            _require(len(labels) == perm.shape[1], f"{perm.shape[1]} labels of {name}", len(labels))
-            for (x, _), item in zip(dots(name, [0]), perm[0].tolist(), strict=True):
-                ax.text(x, y, labels[item], ha="center", va=va, fontsize=fontsize)
+    for labels, perm, name, y, va in (
+        (in_labels, model.in_perm, first, low - 0.12, "top"),
+        (out_labels, model.out_perm, last, top + 0.12, "bottom"),
+    ):
+        _require(labels is None or len(labels) == perm.shape[1], f"a label for each {name}", labels)
+        for (x, _), item in zip(dots(name), perm[0].tolist(), strict=True):
+            ax.text(x, y, labels[item] if labels else "", ha="center", va=va, fontsize=fontsize)
     for name in rows:
         ax.text(-0.03, height[name], name, ha="right", va="center", fontsize=fontsize)
     ax.set(xlim=(-0.02, 1.02), ylim=(low - 0.4, top + 0.4))
@@ -826,25 +638,12 @@ def plot_network(model, run=0, ax=None, *, in_labels=None, out_labels=None, stro
     return ax
 
 
-def _lines(weight, lower, upper, strongest, width):
-    """One layer's weights (out, in) as a `LineCollection`, thick lines on top."""
-    weight = weight.detach().cpu().numpy()
-    size = np.abs(weight)
-    largest = size.max() or 1.0
-    j, i = np.nonzero(size > 0.01 * largest)
-    kept = size[j, i].argsort()[-(strongest or size.size) :]
-    j, i = j[kept], i[kept]
-    colors, widths = np.where(weight[j, i] > 0, POSITIVE, NEGATIVE), width * size[j, i] / largest
-    ends = np.stack([lower[i], upper[j]], 1)
-    return LineCollection(ends, linewidths=widths, colors=colors, capstyle="butt")
-
-
 def plot_curves(history, name, ax=None, *, groups=None, colors=None, log=False):
     """Median over runs of `history[name]` with the range as a band, and the phases of lamb as
     dotted lines. `groups`, label -> list of runs, draws one such line each; `colors` names their
     colours. Returns the axes."""
     ax = plt.subplots(figsize=(5, 3))[1] if ax is None else ax
-    values = history[name].numpy()
+    values = history[name].double().numpy()
     for label, runs in (groups or {None: slice(None)}).items():
         part, color = values[:, runs], colors and colors[label]
         (drawn,) = ax.plot(history.steps, np.median(part, 1), label=label, color=color)
@@ -856,27 +655,24 @@ def plot_curves(history, name, ax=None, *, groups=None, colors=None, log=False):
     return ax
 
 
-def animate(history, draw, name, *, figsize=(6, 4), fps=12, dpi=100):
-    """Film the snapshots into `figure_folder()`, as .mp4 (H.264) or .gif: draw(fig, model, step)
-    draws one frame on an empty figure. Prints the size of the file. A film that fails leaves an
-    earlier one as it was."""
-    path = figure_folder(name)
-    _require(path.suffix in (".mp4", ".gif"), "a name in .mp4 or .gif", name)
-    part, fig = path.with_name(f"part-{os.getpid()}-{name}"), plt.figure(figsize=figsize)
-    try:
-        with plt.rc_context({"animation.ffmpeg_path": imageio_ffmpeg.get_ffmpeg_exe()}):
-            mp4 = FFMpegWriter(fps, codec="h264", extra_args=["-pix_fmt", "yuv420p"])
-            writer = mp4 if path.suffix == ".mp4" else PillowWriter(fps)
+def animate(history, draw, name, *, figsize=(6, 4), fps=12, dpi=100, gif_fps=8, gif_width=480):
+    """Film the snapshots into `figure_folder()`, as name.mp4 (H.264) and, smaller, as name.gif:
+    draw(fig, model, step) draws one frame on an empty figure. A film that fails leaves earlier ones
+    as they were."""
+    ffmpeg, fig = imageio_ffmpeg.get_ffmpeg_exe(), plt.Figure(figsize=figsize)
+    film, gif = figure_folder(f"{name}.mp4"), figure_folder(f"{name}.gif")
+    palette = f"fps={gif_fps},scale={gif_width}:-1:flags=lanczos,split[a][b]"
+    palette += ";[a]palettegen=stats_mode=diff[p];[b][p]paletteuse=dither=none"
+    with whole_file(film) as part, whole_file(gif) as small:
+        with plt.rc_context({"animation.ffmpeg_path": ffmpeg}):
+            writer = FFMpegWriter(fps, codec="h264", extra_args=["-threads", "1"])  # same bytes
             with writer.saving(fig, part, dpi):
                 for step in sorted(history.snapshots):
                     fig.clear()
                     draw(fig, history.at(step), step)
                     writer.grab_frame()
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-        plt.close(fig)
-    print(f"{name}: {path.stat().st_size / 1e6:.2f} MB")
+        convert = [ffmpeg, "-loglevel", "error", "-i", part, "-vf", palette, small]
+        subprocess.run(convert, check=True)
 
 
 def explore(history, draw, *, figsize=(6, 4), dpi=80):
@@ -888,10 +684,9 @@ def explore(history, draw, *, figsize=(6, 4), dpi=80):
     picture = widgets.Image(format="png", layout={"width": f"{dpi * figsize[0]:.0f}px"})
 
     def show(_=None):
-        fig, png = plt.figure(figsize=figsize), io.BytesIO()
+        fig, png = plt.Figure(figsize=figsize), io.BytesIO()
         draw(fig, history.at(slider.value), slider.value)
         fig.savefig(png, dpi=dpi)
-        plt.close(fig)
         picture.value = png.getvalue()
 
     play.observe(lambda change: setattr(slider, "index", change.new), "value")
@@ -900,67 +695,27 @@ def explore(history, draw, *, figsize=(6, 4), dpi=80):
     return widgets.VBox([widgets.HBox([play, slider]), picture])
 
 
-# ---------------------------------------------------------------- figures and claims
-
-
 def figure_folder(name=""):
-    """The folder for figures, videos and claims, made if missing, or the path of its file `name`.
+    """The folder for figures, films and claims, made if missing, or the path of its file `name`.
     It is $BIMT_FIGURES, relative to this module's folder, or else `figures`."""
-    plain = isinstance(name, str) and Path(name).name == name
-    _require(plain, "the name of a file, without a folder", repr(name))
     folder = Path(__file__).parent / (os.environ.get("BIMT_FIGURES") or "figures")
-    if not folder.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-    usable = folder.is_dir() and os.access(folder, os.W_OK)
-    _require(usable, "BIMT_FIGURES to name a folder to write to", folder)
+    folder.mkdir(parents=True, exist_ok=True)
     return folder / name
+
+
+@contextmanager
+def whole_file(path):
+    """Write the file `path` as a whole or not at all: yields a path beside it to write to."""
+    part = path.with_name(f"part-{os.getpid()}-{path.name}")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def save_figure(fig, name):
     """Write `fig` as name.png and name.pdf into `figure_folder()`."""
-    _require(name, "a name", repr(name))
-    fig.savefig(figure_folder(f"{name}.png"), dpi=160, bbox_inches="tight")
-    creation = {"CreationDate": None}  # the same figure is the same file
-    fig.savefig(figure_folder(f"{name}.pdf"), bbox_inches="tight", metadata=creation)
-
-
-class Claims:
-    """Claims about one figure, tested in every run of a seed. `table` is a pandas frame with one
-    row per claim and run."""
-
-    def __init__(self, figure, seed):
-        self.figure, self.seed, self.parts = figure, seed, {}
-
-    def add(self, claim, values, *, at_least=-math.inf, at_most=math.inf, authors="-"):
-        """One claim: our number in every run; it holds where the number lies within the bounds.
-        `authors` is the authors' number, or what their picture shows."""
-        values = np.asarray(values, dtype=float)
-        fits = values.ndim == 1 and len(values) and np.isfinite(values).all()
-        _require(fits, f"finite numbers, one per run, for {claim!r}", values)
-        _require(at_least <= at_most, "at_least up to at_most", (at_least, at_most))
-        _require(claim not in self.parts, "a claim that is not there yet", repr(claim))
-        rows = {"figure": self.figure, "seed": self.seed, "run": range(len(values))}
-        rows |= {"claim": claim, "authors": str(authors), "at_least": at_least, "at_most": at_most}
-        rows |= {"value": values, "held": (at_least <= values) & (values <= at_most)}
-        self.parts[claim] = pd.DataFrame(rows)
-
-    @property
-    def table(self):
-        return pd.concat(self.parts.values(), ignore_index=True)
-
-    def save(self):
-        """Write `table` to claims_figure_N.json. `pandas.read_json` reads it back, with NaN for a
-        missing bound."""
-        path = figure_folder(f"claims_figure_{self.figure}.json")
-        self.table.to_json(path, orient="records", indent=1, double_precision=15)
-
-
-def summarise(table):
-    """One row per claim of a table of `Claims`: the authors' number, ours as "median [lowest,
-    highest]", and the number of runs in which the claim held."""
-    parts = table.groupby(["figure", "claim"], sort=False)
-    return parts.agg(
-        authors=("authors", "first"),
-        ours=("value", lambda v: f"{v.median():.3g} [{v.min():.3g}, {v.max():.3g}]"),
-        held=("held", lambda held: f"{held.sum()} of {len(held)}"),
-    )
+    for ending, metadata in {"png": None, "pdf": {"CreationDate": None}}.items():  # same bytes
+        with whole_file(figure_folder(f"{name}.{ending}")) as part:
+            fig.savefig(part, dpi=160, bbox_inches="tight", metadata=metadata)

@@ -1,13 +1,14 @@
-"""Run a notebook with another seed through papermill, keep its claims, and judge those of all runs.
+"""Run a notebook with another seed or other parameters through papermill and keep its claims.
 
     python notebooks/sweep.py permutation_S4_3.3 4 RUNS=6
 
-writes figures/sweep/permutation_S4_3.3_seed_4_RUNS_6.json. A result that is there is not computed
-twice, and a run that is cut short leaves no result, so a sweep can be stopped and taken up again.
-Values are YAML: write 0.001, as 1e-3 is text there.
+writes figures/sweep/permutation_S4_3.3_seed_4_RUNS_6.json. A result that is there is not
+computed twice, and a run that fails or is cut short leaves none, so a sweep can be stopped and
+taken up again. Values are YAML: write 0.001, as 1e-3 is text there.
 """
 
-import json
+import ast
+import operator
 import os
 import re
 import sys
@@ -15,56 +16,71 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
-import pandas as pd
+import nbformat
 import papermill
 import yaml
-from scipy.stats import binomtest
 
 NOTEBOOKS = Path(__file__).resolve().parent
 RESULTS = NOTEBOOKS.parent / "figures" / "sweep"
+sys.path.append(str(NOTEBOOKS.parent))
+# kernels inherit these; torch reads them when it is imported
+os.environ.setdefault("ATEN_CPU_CAPABILITY", "avx2")  # the same bits on every x86 processor
+os.environ.setdefault("MKL_CBWR", "AVX2")  # the same for Intel's matrix products
+
+from bimt_utils import whole_file  # noqa: E402
 
 
 def run(notebook, seed, folder=RESULTS, **parameters):
-    """Run `notebook` (its name) with SEED = seed and other `parameters`; return the path of its
-    claims, a JSON file in `folder`. One run at a time per process: meanwhile it sets
-    BIMT_FIGURES."""
+    """Run `notebook` (a name in notebooks/ or notebooks/further/) with SEED = seed and other
+    `parameters`; return the path of its claims, a JSON file in `folder`.
+
+    One run at a time per process: meanwhile it sets BIMT_FIGURES. ValueError for a parameter that
+    the notebook does not have; RuntimeError if it says that its result is not the full thing.
+    """
     source = NOTEBOOKS / f"{notebook}.ipynb"
-    cells = json.loads(source.read_text())["cells"]
-    tagged = next(cell for cell in cells if "parameters" in cell["metadata"].get("tags", []))
-    for key in parameters:
-        if key == "SEED" or not re.search(rf"\b{key}\b", "".join(tagged["source"])):
-            raise ValueError(f"expected a parameter of {notebook} other than SEED, got {key}")
-    folder = Path(folder).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    name = "_".join([notebook, "seed", str(seed), *(f"{k}_{v}" for k, v in parameters.items())])
-    result = folder / f"{re.sub('[^A-Za-z0-9._]+', '-', name)}.json"
-    if not result.exists():
-        with (
-            tempfile.TemporaryDirectory() as figures,
-            mock.patch.dict(os.environ, BIMT_FIGURES=figures),
-        ):
-            parameters = {"SEED": seed, **parameters}
-            papermill.execute_notebook(source, None, parameters, cwd=NOTEBOOKS, progress_bar=False)
-            (claims,) = Path(figures).glob("claims_figure_*.json")
-            part = result.with_suffix(f".{os.getpid()}.part")
+    if not source.exists():
+        source = NOTEBOOKS / "further" / f"{notebook}.ipynb"
+    known = _assigned(source)
+    known.remove("SEED")  # KeyError for a notebook without one
+    if not known >= parameters.keys():
+        raise ValueError(f"expected parameters among {sorted(known)}, got {[*parameters]}")
+    # NumPy's numbers become Python's, as papermill would write them as text
+    plain = {key: v.tolist() if hasattr(v, "tolist") else v for key, v in parameters.items()}
+    seed, others = operator.index(seed), sorted(plain.items())
+    name = "_".join([source.stem, f"seed_{seed}", *(f"{key}_{v}" for key, v in others)])
+    result = Path(folder).resolve() / f"{re.sub('[^A-Za-z0-9._+-]+', '~', name)}.json"
+    if result.exists():
+        return result
+    result.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as made, mock.patch.dict(os.environ, BIMT_FIGURES=made):
+        done = papermill.execute_notebook(
+            source, None, {"SEED": seed, **plain}, cwd=source.parent, progress_bar=False
+        )
+        _raise_notices(done)
+        (claims,) = Path(made).glob("claims_figure_*.json")
+        with whole_file(result) as part:
             part.write_bytes(claims.read_bytes())
-            os.replace(part, result)
     return result
 
 
-def verdicts(table):
-    """What all runs say about every claim of a table of claims: "share" is the 90 % Wilson interval
-    of the share of runs in which it held; the verdict is "held" where it lies above one half,
-    "not held" where it lies below, else "undecided". ValueError if a run is there twice."""
-    if table.duplicated(["figure", "claim", "seed", "run"]).any():
-        raise ValueError("expected every run once, got some run of a seed twice")
-    parts = table.groupby(["figure", "claim"], sort=False).held
-    rows = {}
-    for claim, held in parts:
-        share = binomtest(int(held.sum()), len(held)).proportion_ci(0.9, method="wilson")
-        verdict = "held" if share.low > 0.5 else "not held" if share.high < 0.5 else "undecided"
-        rows[claim] = {"share": f"{share.low:.2f} to {share.high:.2f}", "verdict": verdict}
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["figure", "claim"])
+def _assigned(source):
+    """The names that the cell tagged `parameters` assigns."""
+    cells = nbformat.read(source, as_version=4).cells
+    (tagged,) = (cell for cell in cells if "parameters" in cell.metadata.get("tags", []))
+    nodes = list(ast.walk(ast.parse(tagged.source)))
+    targets = [node.target for node in nodes if isinstance(node, ast.AnnAssign)]
+    targets += [t for node in nodes if isinstance(node, ast.Assign) for t in node.targets]
+    names = [n for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)]
+    return {name.id for name in names if isinstance(name.ctx, ast.Store)}  # not i of x[i] = 1
+
+
+def _raise_notices(notebook):
+    """A printed line that begins with NOTICE: a training was interrupted, or data are missing."""
+    for cell in notebook.cells:
+        printed = "".join(o.text for o in cell.get("outputs", []) if o.get("name") == "stdout")
+        for line in printed.splitlines():
+            if line.startswith("NOTICE"):
+                raise RuntimeError(f"expected a full result, got {line!r}")
 
 
 if __name__ == "__main__":

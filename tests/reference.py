@@ -18,16 +18,21 @@ def generator(seed=0):
 # ---------------------------------------------------------------- small models
 
 
+def line(n):
+    return bimt.line(n).double()
+
+
 class Stream(bimt.EmbeddedModel):
     """An architecture of its own: input -> stream -> a row of two folds -> stream -> output."""
 
     def __init__(self, n_in=3, width=4, hidden=3, n_out=2, runs=1, seed=0):
         draw = {"runs": runs, "generator": generator(seed)}
-        first, stream, row, last = map(bimt.line, (n_in, width, hidden, n_out))
+        first, stream, row, last = map(line, (n_in, width, hidden, n_out))
         embed = bimt.EmbeddedLinear(first, stream, **draw)
         up = bimt.EmbeddedLinear(stream, row, out_folds=2, **draw)
         down = bimt.EmbeddedLinear(row, stream, in_folds=2, **draw)
         super().__init__([embed, up, down, bimt.EmbeddedLinear(stream, last, **draw)])
+        self.double()
 
     def rows(self, x):
         embed, up, down, _ = self.layers
@@ -43,6 +48,27 @@ class Stream(bimt.EmbeddedModel):
         return [ends[0], *row, ends[1]]
 
 
+class Gated(bimt.EmbeddedModel):
+    """Two layers in parallel between the same rows, and outputs of two folds."""
+
+    def __init__(self, n_in=3, hidden=4, n_out=2, runs=1, seed=0):
+        draw = {"runs": runs, "generator": generator(seed)}
+        first, row, last = map(line, (n_in, hidden, n_out))
+        gate, up = (bimt.EmbeddedLinear(first, row, **draw) for _ in range(2))
+        super().__init__([gate, up, bimt.EmbeddedLinear(row, last, out_folds=2, **draw)])
+        self.double()
+
+    def rows(self, x):
+        gate, up, _ = self.layers
+        x = self.read_inputs(x)
+        hidden = torch.sigmoid(gate(x)) * up(x)
+        return [hidden, self.write_outputs(hidden)]
+
+    def wires(self):
+        gate, up, down = self.layers
+        return [(gate, "input", "A1"), (up, "input", "A1"), (down, "A1", "output")]
+
+
 def ring(n):
     """Places of `n` neurons on a circle."""
     angle = 2 * torch.pi * bimt.line(n)
@@ -50,12 +76,14 @@ def ring(n):
 
 
 @st.composite
-def models(draw, most=5, max_runs=3, kinds=("plain", "folds", "tokens", "ring", "stream")):
+def models(draw, most=5, max_runs=3, kinds=("plain", "folds", "tokens", "ring", "stream", "gated")):
     """Small networks of every kind, in double precision."""
     kind, n = draw(st.sampled_from(kinds)), st.integers(1, most)
     runs, seed = draw(st.integers(1, max_runs)), draw(st.integers(0, 1000))
     if kind == "stream":
-        return Stream(draw(n), draw(n), draw(n), draw(n), runs, seed).double()
+        return Stream(draw(n), draw(n), draw(n), draw(n), runs, seed)
+    if kind == "gated":
+        return Gated(draw(n), draw(n), draw(n), runs, seed)
     shape = draw(st.lists(n, min_size=2, max_size=4))
     folds = draw(st.integers(1, 3)) if kind in ("folds", "tokens") else 1
     return bimt.EmbeddedMLP(
@@ -63,7 +91,7 @@ def models(draw, most=5, max_runs=3, kinds=("plain", "folds", "tokens", "ring", 
         runs,
         in_folds=folds,
         embedding=(draw(n), shape[0]) if kind == "tokens" else None,
-        places=[ring(n) for n in shape] if kind == "ring" else None,
+        places=[ring(n).double() if kind == "ring" else line(n) for n in shape],
         frozen=draw(st.sets(st.integers(0, len(shape) - 1), max_size=1)),
         generator=generator(seed),
     ).double()
@@ -154,28 +182,70 @@ def cost_by_loops(model, run, A, y0, A_last=None, biases=True, reduce="sum"):
     return sum(sum(part) / (len(part) if reduce == "mean" else 1) for part in paid)
 
 
-def train_by_loop(model, loss, prices, *, steps, lr, swap_every, top_k, exact=False):
-    """Train in place on loss(model), a number, plus prices times sizes. prices(step) has one tensor
-    for every parameter that trains; like Adam's moments, they belong to slots."""
-    tensors = [p for p in model.parameters() if p.requires_grad]
-    adam = torch.optim.AdamW(tensors, lr=lr, weight_decay=0.0)
-    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in tensors]
+def plain_network(*shape):
+    """nn.Linear layers with SiLU between them."""
+    pairs = ((nn.Linear(*ends), nn.SiLU()) for ends in itertools.pairwise(shape))
+    return nn.Sequential(*list(itertools.chain(*pairs))[:-1])
+
+
+def train_plainly(network, x, y, *, steps, lr, phases, A, y0, swap_every=0, top_k=0):
+    """The paper's training of one network of nn.Linear layers on mean squared error, in place, and
+    written without bimt_utils. phases: {first step: (lamb, whether biases pay)}. Neurons of the
+    first and last row take their column of x and y along; returns x and y."""
+    layers = [layer for layer in network if isinstance(layer, nn.Linear)]
+    distances = [
+        [[abs((j + 0.5) / m - (i + 0.5) / n) for i in range(n)] for j in range(m)]
+        for m, n in (layer.weight.shape for layer in layers)
+    ]
+    lengths = [torch.tensor(rows, dtype=x.dtype) for rows in distances]
+    x, y = x.clone(), y.clone()
+    prices = [A * length + y0 for length in lengths]
+    adam = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=0.0)
     for step in range(steps):
-        objective, priced = loss(model), list(zip(tensors, prices(step), strict=True))
-        if not exact:
-            objective = objective + sum((c * p.abs()).sum() for p, c in priced)
+        if step in phases:
+            lamb, biases_pay = phases[step]
+        objective = nn.functional.mse_loss(network(x), y)
+        for layer, price in zip(layers, prices, strict=True):
+            objective = objective + lamb * (layer.weight.abs() * price).sum()
+            if biases_pay:
+                objective = objective + lamb * y0 * layer.bias.abs().sum()
         adam.zero_grad()
         objective.backward()
-        if not exact:
-            adam.step()
-        for (p, c), (m, v) in zip(priced, moments, strict=True) if exact else ():
-            m[:] = 0.9 * m + 0.1 * p.grad
-            v[:] = 0.999 * v + 0.001 * (p.grad + c * p.detach().sign()) ** 2
-            d = torch.maximum((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8, c)
-            q = p.detach() - lr * m / (1 - 0.9 ** (step + 1)) / d
-            p.detach()[:] = q.sign() * (q.abs() - lr * c / d).clamp(min=0)
-        for run in range(model.runs) if (step + 1) % swap_every == 0 else ():
-            greedy_by_search(model, run, top_k)
+        adam.step()
+        if swap_every and (step + 1) % swap_every == 0:
+            swap_plainly(layers, lengths, x, y, top_k)
+    return x, y
+
+
+@torch.no_grad()
+def swap_plainly(layers, lengths, x, y, top_k):
+    """The paper's swaps in a network of nn.Linear layers: trade, measure all wires, trade back."""
+    rows = [[(x, 1)], *([(layer.weight, 0), (layer.bias, 0)] for layer in layers)]
+    rows[-1].append((y, 1))
+    for row, layer in zip(rows, layers, strict=False):
+        row.append((layer.weight, 1))
+
+    def trade(row, j, k):
+        for tensor, axis in row:
+            order = list(range(tensor.shape[axis]))
+            order[j], order[k] = k, j
+            tensor.copy_(tensor.index_select(axis, torch.tensor(order)))
+
+    def cost_after(row, j, k):
+        trade(row, j, k)
+        pairs = zip(layers, lengths, strict=True)
+        cost = sum((layer.weight.abs() * length).sum().item() for layer, length in pairs)
+        trade(row, j, k)
+        return cost
+
+    weights = [layer.weight for layer in layers]
+    for row in rows:
+        sizes = [t.abs().sum(1 - axis) for t, axis in row if any(t is w for w in weights)]
+        score = sum(sizes).tolist()
+        for j in sorted(range(len(score)), key=lambda slot: -score[slot])[:top_k]:
+            costs = [cost_after(row, j, k) for k in range(len(score))]
+            if min(costs) < costs[j] - 1e-12:
+                trade(row, j, costs.index(min(costs)))
 
 
 # ---------------------------------------------------------------- swaps
@@ -201,7 +271,7 @@ def distance_cost(model, run, reduce="sum"):
 
 def arrange(group, run, order):
     """Put neuron order[slot] into every slot of one run, fold by fold."""
-    for tensor, axis, folds in group.axes():
+    for tensor, axis, folds in group.axes:
         row = tensor[run].detach()
         n = row.shape[axis - 1] // folds
         index = torch.cat([torch.as_tensor(order) + f * n for f in range(folds)])
@@ -218,7 +288,7 @@ def greedy_by_search(model, run, top_k, reduce="sum"):
     for group in groups_of(model):
         n = len(group.places) if group.movable else 0
         scores = torch.zeros(n).double()
-        for (layer, axis, _), slot in itertools.product(group.layers(), range(n)):
+        for (layer, axis), slot in itertools.product(group.ends, range(n)):
             weights = layer.weight[run].detach().double().abs()
             scores[slot] += (weights if axis == 1 else weights.T)[slot::n].sum()
         for j in scores.argsort(descending=True, stable=True)[:top_k].tolist():
@@ -245,7 +315,8 @@ def graph_by_loops(model, run):
             graph.add_nodes_from([(read, i), (written, j)])
             weight = layer.weight[run, j::m, i::n].abs().sum().item() if layer is not None else 0
             if weight or (layer is None and i == j):
-                graph.add_edge((read, i), (written, j), weight=weight)
+                before = graph.get_edge_data((read, i), (written, j), {"weight": 0})
+                graph.add_edge((read, i), (written, j), weight=before["weight"] + weight)
     return graph
 
 

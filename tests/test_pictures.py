@@ -1,4 +1,8 @@
-"""Pictures, curves, videos and explorers: what is drawn and written."""
+"""Pictures, curves, films and explorers: what is drawn and written."""
+
+import copy
+import subprocess
+from contextlib import suppress
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -8,9 +12,10 @@ import reference as ref
 import torch
 from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.colors import to_hex
+from PIL import Image, ImageSequence
 
 import bimt_utils as bimt
-from bimt_utils import animate, explore, figure_folder, plot_curves, plot_network
+from bimt_utils import animate, explore, figure_folder, plot_curves, plot_network, save_figure
 
 matplotlib.use("Agg")
 
@@ -26,9 +31,13 @@ def new_model(shape=(4, 6, 2), runs=1, **kwargs):
     return bimt.EmbeddedMLP(shape, runs, generator=ref.generator(), **kwargs)
 
 
-def new_history(loss_fn=lambda m: m(torch.ones(5, 4)).square().mean((1, 2))):
-    phases = {"lamb": [(0, 1e-3), (0.5, 1e-2)], "snapshots": 3}
-    return bimt.train(new_model(runs=5), loss_fn, steps=6, lr=1e-2, **phases)
+def loss_fn(model):
+    return model(torch.ones(5, 4)).square().mean((1, 2))
+
+
+def new_history(loss_fn=loss_fn, steps=6, snapshots=3):
+    settings = {"steps": steps, "snapshots": snapshots, "lr": 1e-2}
+    return bimt.train(new_model(runs=5), loss_fn, lamb=[(0, 1e-3), (0.5, 1e-2)], **settings)
 
 
 def lines_of(ax, grey=False):
@@ -83,7 +92,8 @@ def test_a_stream_is_joined_by_grey_lines():
     (grey,) = lines_of(ax, grey=True)
     wanted = [[[x, 1], [x, 3]] for x in (0.125, 0.375, 0.625, 0.875)]
     assert np.allclose(grey.get_segments(), wanted)
-    assert [text.get_text() for text in ax.texts] == ["input", "Embed", "A1", "Res1", "output"]
+    shown = [text.get_text() for text in ax.texts if text.get_text()]
+    assert shown == ["input", "Embed", "A1", "Res1", "output"]
     assert len(dots_of(ax)) == 3 + 4 + 2 * 2 + 4 + 2
     assert {y for _, y in dots_of(ax)} == {0, 1, 1.75, 2, 3, 4}
 
@@ -100,16 +110,39 @@ def test_labels_follow_their_neurons():
             assert shown[names[item]] == pytest.approx((slot + 0.5) / len(names))
 
 
-def test_pictures_that_cannot_be():
-    labels = [{"in_labels": "abc"}, {"in_labels": "abcde"}, {"out_labels": "y"}, {"out_labels": []}]
-    for arguments in ({"strongest": 0}, {"strongest": -1}, *labels):  # defects 24 and 26
-        with pytest.raises(ValueError, match="expected"):
-            plot_network(new_model(), **arguments)
-    for value in (float("nan"), float("inf")):  # defect 25
-        model = new_model()
-        model.layers[1].weight.data[0, 0, 0] = value
-        with pytest.raises(ValueError, match="expected finite"):
-            plot_network(model)
+@pytest.mark.parametrize("kind", [list, tuple, "".join, np.array, dict.fromkeys])
+def test_any_kind_of_labels(kind):
+    labels = kind(["0", "1", "2", "3"])
+    if isinstance(labels, dict):
+        labels = {number: name for number, name in enumerate(labels)}
+    ax = plot_network(new_model(), in_labels=labels)
+    assert [text.get_text() for text in ax.texts][:4] == ["0", "1", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"in_labels": "abc"}, {"in_labels": "abcde"}, {"out_labels": "y"}, {"out_labels": []}]
+)
+def test_labels_of_another_number(wrong):
+    with pytest.raises(ValueError, match="expected a label for each"):
+        plot_network(new_model(), **wrong)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_not_drawn(value):
+    model = new_model(runs=2)
+    model.layers[1].weight.data[1, 0, 0] = value
+    with pytest.raises(ValueError, match="expected finite weights from A1 to output"):
+        plot_network(model, 1)
+    plot_network(model, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_picture_in_any_precision(dtype):
+    model = ref.thinned(ref.Stream(4, 4, 4, 4), 1, 0.5)
+    drawn = [plot_network(m) for m in (model, copy.deepcopy(model).to(dtype))]
+    widths = [[lines.get_linewidths() for lines in lines_of(ax)] for ax in drawn]
+    for ours, wanted in zip(*widths, strict=True):
+        assert np.allclose(ours, wanted, atol=0.02)
 
 
 def test_curves_show_median_range_and_phases():
@@ -128,33 +161,141 @@ def test_curves_show_median_range_and_phases():
         assert (drawn.get_label(), drawn.get_color()) == (label, colors[label])
 
 
-@pytest.mark.parametrize("name", ["film.mp4", "film.gif"])
-def test_video_and_one_that_fails(name, capsys):
-    history, seen, path = new_history(), [], figure_folder() / name
-    capsys.readouterr()
+def draw_network(fig, model, step):
+    plot_network(model, ax=fig.add_subplot())
+
+
+def files():
+    return {path.name: path.read_bytes() for path in figure_folder().iterdir()}
+
+
+def test_a_film_shows_every_snapshot():
+    history, seen = new_history(), []
 
     def draw(fig, model, step):
         assert not fig.axes
         seen.append((step, model.layers[0].weight[0, 0, 0].item()))
-        plot_network(model, ax=fig.add_subplot())
+        draw_network(fig, model, step)
 
-    animate(history, draw, name, figsize=(2.1, 1.5), dpi=50)
+    animate(history, draw, "film", figsize=(2.1, 1.5), dpi=50)
     assert [step for step, _ in seen] == [0, 2, 4, 6]
     assert len({weight for _, weight in seen}) == 4
-    film = path.read_bytes()
-    assert film[4:8] == b"ftyp" if name.endswith("mp4") else film[:3] == b"GIF"
-    assert name in capsys.readouterr().out
-    with pytest.raises(ZeroDivisionError):  # defect 15: the earlier film stays
-        animate(history, lambda fig, model, step: step / (4 - step), name)
-    assert path.read_bytes() == film
-    assert list(figure_folder().iterdir()) == [path]
+    film = files()
+    assert sorted(film) == ["film.gif", "film.mp4"]
+    assert film["film.mp4"][4:8] == b"ftyp"
     assert not plt.get_fignums()
 
 
-@pytest.mark.parametrize("name", ["film.avi", "film", "../film.gif", "", "a/b.mp4"])
-def test_videos_of_another_kind_or_elsewhere(name):
-    with pytest.raises(ValueError, match="expected"):
-        animate(new_history(), lambda *_: None, name)
+@pytest.mark.parametrize(("fps", "gif_fps", "frames"), [(12, 12, 8), (12, 6, 4), (10, 5, 4)])
+def test_the_gif_is_smaller_and_as_long(fps, gif_fps, frames):
+    history, colors = new_history(steps=7, snapshots=7), iter(plt.get_cmap("tab10").colors)
+    ends = np.array(plt.get_cmap("tab10").colors)[[0, 7]] * 255
+    settings = {"figsize": (4, 2), "fps": fps, "gif_fps": gif_fps, "gif_width": 100}
+    animate(history, lambda fig, model, step: fig.set_facecolor(next(colors)), "film", **settings)
+    with Image.open(figure_folder("film.gif")) as gif:
+        pictures = [frame.copy() for frame in ImageSequence.Iterator(gif)]
+    assert len(pictures) == frames
+    assert {picture.size for picture in pictures} == {(100, 50)}
+    length = sum(picture.info["duration"] for picture in pictures)
+    assert length == pytest.approx(1000 * 8 / fps, abs=30)
+    first, last = (np.array(pictures[k].convert("RGB"))[25, 50] for k in (0, -1))
+    assert np.allclose(first, ends[0], atol=12)
+    assert gif_fps < fps or np.allclose(last, ends[1], atol=12)
+
+
+def test_the_same_film_is_the_same_file():
+    history, made = new_history(), []
+    for _ in range(2):
+        animate(history, draw_network, "film", figsize=(2, 2))
+        made.append(files())
+    assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("last", [0, 4, 6])
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_a_film_that_fails_leaves_the_earlier_one(last, error):
+    history = new_history()
+
+    def draw(fig, model, step):
+        if step == last:
+            raise error("while drawing")
+        draw_network(fig, model, step)
+
+    with pytest.raises(error, match="while drawing"):
+        animate(history, draw, "film")
+    assert not files()
+    animate(history, draw_network, "film")
+    before = files()
+    with pytest.raises(error, match="while drawing"):
+        animate(history, draw, "film")
+    assert files() == before
+
+
+@pytest.mark.parametrize("wrong", [{"gif_fps": 0}, {"fps": 0}])
+def test_a_film_that_ffmpeg_refuses_leaves_the_earlier_one(wrong):
+    history = new_history()
+    animate(history, draw_network, "film")
+    before = files()
+    with pytest.raises((subprocess.CalledProcessError, ValueError, ZeroDivisionError)):
+        animate(history, draw_network, "film", **wrong)
+    assert files() == before
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_the_same_figure_is_the_same_file():
+    made = []
+    for _ in range(2):
+        fig = plt.figure()
+        plot_network(new_model(), ax=fig.add_subplot())
+        save_figure(fig, "figure")
+        made.append(files())
+    assert made[0] == made[1]
+    assert sorted(made[0]) == ["figure.pdf", "figure.png"]
+    assert made[0]["figure.png"].startswith(b"\x89PNG")
+    assert made[0]["figure.pdf"].startswith(b"%PDF")
+
+
+def test_a_full_disk_leaves_the_earlier_file():
+    resource = pytest.importorskip("resource")
+    save_figure(plt.figure(), "figure")
+    before, limits = files(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    more = plt.figure()
+    plot_network(new_model(), ax=more.add_subplot())
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # no file may be longer
+    try:
+        with pytest.raises(OSError, match="too large"):
+            save_figure(more, "figure")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert files() == before
+    save_figure(more, "figure")
+    assert files() != before
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt, None])
+def test_a_file_is_written_as_a_whole_or_not_at_all(error):
+    path = figure_folder("notes.txt")
+    path.write_text("earlier", encoding="utf-8")
+    with suppress(OSError, KeyboardInterrupt), bimt.whole_file(path) as part:
+        part.write_text("half", encoding="utf-8")
+        assert path.read_text(encoding="utf-8") == "earlier"
+        if error:
+            raise error
+    assert files() == {"notes.txt": b"earlier" if error else b"half"}
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_whole_file_hides_no_error(error):
+    with pytest.raises(error, match="why"), bimt.whole_file(figure_folder("notes.txt")):
+        raise error("why")
+    with pytest.raises(FileNotFoundError), bimt.whole_file(figure_folder("notes.txt")):
+        pass  # nothing was written
+    assert not files()
+
+
+# ---------------------------------------------------------------- explorer
 
 
 def test_explorer_draws_the_chosen_snapshot():
@@ -174,8 +315,8 @@ def test_explorer_draws_the_chosen_snapshot():
     assert not plt.get_fignums()
 
 
-def test_an_interrupt_in_the_first_step_leaves_something_to_film():  # defects 15 and 21
+def test_an_interrupt_in_the_first_step_leaves_something_to_film():
     steps, history = [], new_history(ref.raising(KeyboardInterrupt, 1, None))
-    animate(history, lambda fig, model, step: steps.append(step), "film.gif")
+    animate(history, lambda fig, model, step: steps.append(step), "film")
     explore(history, lambda fig, model, step: steps.append(step))
     assert steps == [0, 0]

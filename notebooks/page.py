@@ -1,0 +1,172 @@
+"""The page of evidence, figures/README.md, and the README's table, made from all results.
+
+`python notebooks/page.py` writes them again, and the picture figures/authors.png.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from scipy.stats import mannwhitneyu
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))
+os.environ.setdefault("ATEN_CPU_CAPABILITY", "avx2")  # the same bits on every x86 processor
+
+from bimt_utils import whole_file  # noqa: E402
+from evidence import verdicts  # noqa: E402
+
+FIGURES = ROOT / "figures"
+README, PAGE = ROOT / "README.md", FIGURES / "README.md"
+NOTEBOOKS = {
+    "3": "symbolic_formulas_3.1",
+    "4": "two_moon_3.2",
+    "5": "modular_addition_3.3",
+    "6": "permutation_S4_3.3",
+    "7": "incontext_3.4",
+    "8": "mnist_3.5",
+    "points": "further/points",
+    "learn first": "further/learn_first",
+    "exact": "further/exact_zeros",
+}
+
+
+def measurements():
+    """Everything that the notebooks and the sweep measured, one row per quantity and run; "held" is
+    missing where there is no claim."""
+    files = [*FIGURES.glob("claims_*.json"), *(FIGURES / "sweep").glob("*.json")]
+    table = pd.concat(map(pd.read_json, sorted(files)), ignore_index=True)
+    return table.astype({"figure": str})
+
+
+def authors():
+    """What the authors' code gave, the same columns as far as they are there."""
+    found = json.loads((FIGURES / "authors.json").read_text(encoding="utf-8"))
+    rows = pd.DataFrame(found["results"]).melt(["figure", "task", "seed"], var_name="quantity")
+    rows = rows.dropna(subset="value").astype({"value": float, "figure": str})
+    rows["claim"] = rows.task + ": " + rows.quantity
+    return rows.sort_values("figure", kind="stable")
+
+
+def markdown(frame):
+    rows = [frame.columns, ["---"] * frame.shape[1], *frame.to_numpy()]
+    escaped = [[str(entry).replace("|", r"\|").replace("\n", " ") for entry in row] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in escaped)
+
+
+def in_short(values):
+    """Median [lowest, highest] and the number of networks; of yes and no, how many say yes."""
+    if set(values) <= {0, 1}:
+        return f"{int(values.sum())} of {len(values)}"
+    numbers = [values.median(), values.min(), values.max()]
+    median, low, high = (f"{number:.3g}" for number in numbers)
+    return f"{median} [{low}, {high}], {len(values)}"
+
+
+def comparison(theirs, ours):
+    """One row per quantity: theirs, ours, and the two-sided p of the rank test of Mann and Whitney."""
+    rows = []
+    for quantity, their in theirs.groupby("claim", sort=False).value:
+        our = ours[ours.claim == quantity].value
+        if len(our):
+            p = mannwhitneyu(their, our, alternative="two-sided").pvalue
+            rows.append([quantity, in_short(their), in_short(our), f"{p:.2f}"])
+    return pd.DataFrame(rows, columns=["quantity", "authors' code", "ours", "p"])
+
+
+def judged(table):
+    """One row per claim: in how many networks it holds, and the verdict."""
+    claims = table[table.held.notna()].astype({"held": bool})
+    counts = claims.groupby(["figure", "claim"], sort=False).held.agg(["sum", "size"])
+    holds = counts["sum"].astype(str) + " of " + counts["size"].astype(str)
+    found = verdicts(claims).assign(holds=holds).reset_index()
+    return found[["figure", "claim", "holds", "share", "verdict"]]
+
+
+def modularity(table):
+    """Newman's Q, medians over networks: a row per task, a column per kind of network."""
+    rows = table[table.claim.str.startswith("Q of ")]
+    parts = rows.claim.str.extract(r"Q of (?P<kind>[^:]+)(?:: (?P<task>.+))?")
+    rows = rows.join(parts).fillna({"task": ""})
+    medians = rows.groupby(["figure", "task", "kind"], sort=False).value.median().unstack()
+    kinds = ["BIMT", "L1", "none", "BIMT, shuffled"]
+    return medians[kinds].map("{:.2f}".format).reset_index()
+
+
+def picture(theirs, ours, quantities):
+    """Authors' dots beside ours, one panel per quantity."""
+    fig, axes = plt.subplots(3, 4, figsize=(8, 6), layout="constrained")
+    for ax, quantity in zip(axes.flat, quantities, strict=True):
+        for place, (table, color) in enumerate(((theirs, "black"), (ours, "C0"))):
+            values = table[table.claim == quantity].value
+            ax.plot([place] * len(values), values, "o", color=color, alpha=0.4, mew=0)
+            ax.plot([place - 0.25, place + 0.25], [values.median()] * 2, color=color)
+        ax.set_xticks([0, 1], ["authors", "ours"])
+        ax.set_xlim(-0.6, 1.6)
+        ax.set_title(quantity.replace(": ", "\n"), fontsize=8)
+        if "MSE" in quantity:
+            ax.set_yscale("log")
+    return fig
+
+
+# ---------------------------------------------------------------- the two texts
+
+# One panel per quantity of the picture.
+DRAWN = [
+    "independence: test MSE",
+    "feature sharing: test MSE",
+    "compositionality: test MSE",
+    "independence: wiring length",
+    "two moons: test loss",
+    "modular addition: wiring length",
+    "S4: test accuracy",
+    "in context: MSE of y2 at the end",
+    "MNIST: test accuracy after phase 1",
+    "MNIST: test accuracy after phase 2",
+    "MNIST: test accuracy after phase 3",
+    "MNIST: wiring length",
+]
+# For the README: figure -> what the paper says, the claim that tests it, what we see.
+SHORT = {}
+
+
+def overview(table):
+    """The README's table: one row per figure."""
+    found = judged(table).set_index("claim")
+    rows = []
+    for figure, (paper, claim, seen) in SHORT.items():
+        link = f"[{figure}](notebooks/{NOTEBOOKS[figure]}.ipynb)"
+        rows.append([link, paper, seen, found.holds[claim]])
+    return markdown(pd.DataFrame(rows, columns=["figure", "the paper says", "we see", "networks"]))
+
+
+def between(text, name, part):
+    """`text` with `part` between the two comments that carry `name`."""
+    start, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+    return text[: text.index(start) + len(start)] + part + text[text.index(end) :]
+
+
+def page(text, table):
+    """The page of evidence: `text` with all its tables made anew."""
+    claims = judged(table)
+    claims["figure"] = [f"[{name}](../notebooks/{NOTEBOOKS[name]}.ipynb)" for name in claims.figure]
+    text = between(text, "comparison", markdown(comparison(authors(), table)))
+    text = between(text, "claims", markdown(claims))
+    return between(text, "modularity", markdown(modularity(table)))
+
+
+def write(path, text):
+    with whole_file(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    results = measurements()
+    with whole_file(FIGURES / "authors.png") as part:
+        picture(authors(), results, DRAWN).savefig(part, dpi=100)
+    write(PAGE, page(PAGE.read_text(encoding="utf-8"), results))
+    readme = README.read_text(encoding="utf-8")
+    write(README, between(readme, "overview", overview(results)))
