@@ -47,8 +47,6 @@ def _require(condition, expected, got):
 
 
 # ---------------------------------------------------------------- models (paper, section 2)
-
-
 def line(n):
     """Places of `n` neurons in a row, (n, 1): neuron i sits at (i + 1/2) / n."""
     return ((torch.arange(n) + 0.5) / n)[:, None]
@@ -246,8 +244,6 @@ def _per_run(model, name, value, ndim=1):
 
 
 # ---------------------------------------------------------------- cost (paper, section 2)
-
-
 def connection_prices(model, A=1.0, y0=0.1, *, A_last=None, biases=True, reduce="sum"):
     """What one unit of |p| costs, parameter p -> price, a tensor that broadcasts to it.
 
@@ -279,8 +275,6 @@ def _total(prices):
 
 
 # ---------------------------------------------------------------- swaps (paper, algorithm 1)
-
-
 @torch.no_grad()
 def swap_neurons(model, top_k=5, *, reduce="sum"):
     """Let neurons trade places where that shortens the wiring; outputs do not change.
@@ -332,8 +326,6 @@ def _trade(table, score, top_k):
 
 
 # ---------------------------------------------------------------- training (paper, section 3)
-
-
 def mse_loss(outputs, targets):
     """Mean squared error of every run, (runs,), of outputs (runs, batch, out) for targets of the
     same shape or (batch, out)."""
@@ -417,8 +409,7 @@ def train(model, loss_fn, *, steps, lr, lamb, prices=connection_prices, optimize
     prices:     prices(model) -> {parameter: price}, or phases of such; cost = sum of price * |p|
     optimizer:  optimizer(parameters, lr) makes an object whose step(prices) minimises loss + sum of
                 price * |p|, lamb being part of the prices, from the loss's gradients p.grad
-    swap:       swap(model), called after every `swap_every` steps (0: never); the optimizer's
-                moments stay with the slots
+    swap:       swap(model), called every `swap_every` steps (0: never); moments stay with the slots
     metrics:    name -> metric(model) -> (runs,), evaluated at up to 101 steps, without gradients
     snapshots:  number of snapshots after the first
 
@@ -494,12 +485,9 @@ def _measured(model, loss, lamb, prices, metrics):
 
 # ---------------------------------------------------------------- structure (ours)
 # These functions look at what is not zero: prune first.
-
-
 @torch.no_grad()
 def prune(model, threshold):
-    """A copy of `model` whose weights, biases and embedding entries of size up to `threshold`, a
-    number or (runs,), are zero."""
+    """A copy whose parameters of size up to `threshold`, a number or (runs,), are zero."""
     twin = copy.deepcopy(model)
     for p in twin.parameters():
         p[p.abs() <= _per_run(model, "threshold", threshold, p.ndim)] = 0
@@ -580,15 +568,7 @@ def wiring_length(model):
     return sum((m.weight.abs() * m.distance).flatten(1).sum(1) for m in model.layers)
 
 
-@torch.no_grad()
-def mean_wire(model):
-    """Length of the average wire, weighted by |w|, (runs,); 0 without wires."""
-    total = sum(m.weight.abs().flatten(1).sum(1) for m in model.layers)
-    return wiring_length(model) / total.clamp_min(torch.finfo(total.dtype).tiny)
-
-
 # ---------------------------------------------------------------- pictures
-
 POSITIVE, NEGATIVE = "#2040e0", "#e03020"
 
 
@@ -676,8 +656,7 @@ def animate(history, draw, name, *, figsize=(6, 4), fps=12, dpi=100, gif_fps=8, 
 
 
 def explore(history, draw, *, figsize=(6, 4), dpi=80):
-    """A widget: a slider with a play button over the snapshots, each drawn by draw(fig, model,
-    step). Its first child holds the button and the slider."""
+    """A widget: slider and play button over the snapshots, each drawn by draw(fig, model, step)."""
     steps = sorted(history.snapshots)
     play = widgets.Play(max=len(steps) - 1, interval=300, description="play")
     slider = widgets.SelectionSlider(options=steps, value=steps[-1], description="step")

@@ -60,6 +60,12 @@ class Claims:
         }
         self.parts[claim] = pd.DataFrame(columns)
 
+    def record(self, quantity, values):
+        """A number of every run that is compared with nothing here: a row of `table` whose "held"
+        is missing. Arguments and errors as in `add`."""
+        self.add(quantity, values)
+        self.parts[quantity] = self.parts[quantity].astype({"held": object}).assign(held=None)
+
     @property
     def table(self):
         return pd.concat(self.parts.values(), ignore_index=True)
@@ -77,7 +83,7 @@ class Claims:
 def summarise(table):
     """One row per claim of a table of `Claims`: the authors' number, ours as "median [lowest,
     highest]", and the number of runs in which the claim held."""
-    parts = table.groupby(["figure", "claim"], sort=False)
+    parts = table[table.held.notna()].groupby(["figure", "claim"], sort=False)
     return parts.agg(
         authors=("authors", "first"),
         ours=("value", lambda v: f"{v.median():.3g} [{v.min():.3g}, {v.max():.3g}]"),
@@ -91,7 +97,7 @@ def verdicts(table):
     it lies below, else "undecided". ValueError if a run of a seed is there twice."""
     if table.duplicated(["figure", "claim", "seed", "run"]).any():
         raise ValueError("expected every run once, got some run of a seed twice")
-    rows = {}
+    rows, table = {}, table[table.held.notna()]
     for claim, held in table.groupby(["figure", "claim"], sort=False).held:
         share = binomtest(int(held.sum()), len(held)).proportion_ci(0.9, method="wilson")
         if share.low > 0.5:
@@ -129,6 +135,19 @@ def _without_ties(network, seed):
     for _, _, edge in network.edges(data=True):
         edge["weight"] *= 1 + 1e-6 * random.random()
     return network
+
+
+def record_modularity(claims, networks, runs_of, seed):
+    """Record Q of every variant, label -> list of runs, and the null of the whole method, which is
+    called BIMT or swaps. `networks` is a pruned model or a dict of such, one per task."""
+    tasks = networks if isinstance(networks, dict) else {"": networks}
+    for task, model in tasks.items():
+        for variant, runs in runs_of.items():
+            values = [newman_modularity(model, run, seed) for run in runs]
+            claims.record(f"Q of {variant}: {task}", values)
+        whole = runs_of.get("BIMT") or runs_of["swaps"]
+        nulls = [null_modularity(model, run, seed=seed) for run in whole]
+        claims.record(f"Q of shuffled: {task}", nulls)
 
 
 # ---------------------------------------------------------------- null models (ours)

@@ -16,8 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 os.environ.setdefault("ATEN_CPU_CAPABILITY", "avx2")  # the same bits on every x86 processor
 
-from bimt_utils import whole_file  # noqa: E402
 from evidence import verdicts  # noqa: E402
+
+from bimt_utils import whole_file  # noqa: E402
 
 FIGURES = ROOT / "figures"
 README, PAGE = ROOT / "README.md", FIGURES / "README.md"
@@ -67,7 +68,7 @@ def in_short(values):
 
 
 def comparison(theirs, ours):
-    """One row per quantity: theirs, ours, and the two-sided p of the rank test of Mann and Whitney."""
+    """One row per quantity: theirs, ours, and the two-sided p of Mann and Whitney's rank test."""
     rows = []
     for quantity, their in theirs.groupby("claim", sort=False).value:
         our = ours[ours.claim == quantity].value
@@ -89,10 +90,10 @@ def judged(table):
 def modularity(table):
     """Newman's Q, medians over networks: a row per task, a column per kind of network."""
     rows = table[table.claim.str.startswith("Q of ")]
-    parts = rows.claim.str.extract(r"Q of (?P<kind>[^:]+)(?:: (?P<task>.+))?")
-    rows = rows.join(parts).fillna({"task": ""})
+    parts = rows.claim.str.extract(r"Q of (?P<kind>[^:]+): (?P<task>.*)")
+    rows = rows.join(parts.replace({"kind": {"swaps": "BIMT"}}))
     medians = rows.groupby(["figure", "task", "kind"], sort=False).value.median().unstack()
-    kinds = ["BIMT", "L1", "none", "BIMT, shuffled"]
+    kinds = ["BIMT", "L1", "none", "shuffled"]
     return medians[kinds].map("{:.2f}".format).reset_index()
 
 

@@ -29,6 +29,14 @@ os.environ.setdefault("MKL_CBWR", "AVX2")  # the same for Intel's matrix product
 
 from bimt_utils import whole_file  # noqa: E402
 
+# What the sweep measures beyond the notebook, in a last cell of its own.
+MODULARITY = """
+from evidence import record_modularity
+if "pruned" in globals():
+    record_modularity(claims, pruned, runs_of, SEED)
+    claims.save()
+"""
+
 
 def run(notebook, seed, folder=RESULTS, **parameters):
     """Run `notebook` (a name in notebooks/ or notebooks/further/) with SEED = seed and other
@@ -53,8 +61,12 @@ def run(notebook, seed, folder=RESULTS, **parameters):
         return result
     result.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as made, mock.patch.dict(os.environ, BIMT_FIGURES=made):
+        longer, notebook = Path(made) / source.name, nbformat.read(source, as_version=4)
+        notebook.cells.append(nbformat.v4.new_code_cell(MODULARITY))
+        nbformat.write(notebook, longer)
+        parameters = {"SEED": seed, **plain}
         done = papermill.execute_notebook(
-            source, None, {"SEED": seed, **plain}, cwd=source.parent, progress_bar=False
+            longer, None, parameters, cwd=source.parent, progress_bar=False
         )
         _raise_notices(done)
         (claims,) = Path(made).glob("claims_figure_*.json")

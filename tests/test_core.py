@@ -315,6 +315,8 @@ WIRES = {
         (a, "input", "A1"), (c, "A2", "output"), (b, "A1", "A2")],
     "two rows that nothing writes": lambda a, b, c: [
         (a, "input", "A1"), (b, "more", "A1"), (c, "A1", "output")],
+    "outputs that the last layer does not write": lambda a, b, c: [
+        (a, "input", "A1"), (c, "A1", "A2"), (b, "A2", "output")],
     "a hidden row after the output": lambda a, b, c: [
         (a, "input", "A1"), (c, "A1", "output"), (b, "A1", "A2")],
 }  # fmt: skip
