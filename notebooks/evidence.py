@@ -87,7 +87,7 @@ def summarise(table):
     return parts.agg(
         authors=("authors", "first"),
         ours=("value", lambda v: f"{v.median():.3g} [{v.min():.3g}, {v.max():.3g}]"),
-        held=("held", lambda held: f"{held.sum()} of {len(held)}"),
+        held=("held", lambda held: f"{int(held.sum())} of {len(held)}"),
     )
 
 

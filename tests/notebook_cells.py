@@ -11,11 +11,17 @@ from pathlib import Path
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 
 
+def cells(stem):
+    """The cells of the notebook of this name, which lies in notebooks/ or in a folder within."""
+    (path,) = NOTEBOOKS.rglob(f"{stem}.ipynb")
+    return json.loads(path.read_text(encoding="utf-8"))["cells"]
+
+
 def definitions(stem, before="## Training", **parameters):
     """All code cells ahead of the heading `before`, and of the later ones only the imports, the
     functions and the lists of constants. `parameters` replace the notebook's, as papermill does."""
     names, ahead, path = {"__name__": stem}, True, sys.path[:]
-    for number, cell in enumerate(json.loads((NOTEBOOKS / f"{stem}.ipynb").read_text())["cells"]):
+    for number, cell in enumerate(cells(stem)):
         text, tags = "".join(cell["source"]), cell["metadata"].get("tags", [])
         if cell["cell_type"] == "code":
             tree = ast.parse(text)

@@ -251,7 +251,8 @@ def test_numbers_keep_their_precision():
 
 @few(40)
 @given(ref.models(most=4), st.lists(st.integers(0, 5), min_size=3, max_size=3), st.booleans(),
-    REDUCE, st.sampled_from([0, 0.6, 1]), st.sampled_from([torch.float64, torch.bfloat16]), SEEDS)  # fmt: skip
+    REDUCE, st.sampled_from([0, 0.6, 1]), st.sampled_from([torch.float64, torch.bfloat16]),
+    SEEDS)  # fmt: skip
 def test_swaps_equal_brute_force(model, each, differ, reduce, share, kind, seed):
     model = ref.thinned(model, seed, share).to(kind)
     slow, x = copy.deepcopy(model), ref.some_input(model)
@@ -261,6 +262,33 @@ def test_swaps_equal_brute_force(model, each, differ, reduce, share, kind, seed)
         ref.greedy_by_search(slow, run, each[run] if differ else each[0], reduce)
     assert ref.same_state(model, slow)
     assert torch.allclose(outputs, model(x), **({} if kind == torch.float64 else {"atol": 0.1}))
+
+
+def test_swaps_of_many_networks_equal_brute_force():
+    model = ref.Stream(5, 6, 4, 3, runs=8)
+    results = []
+    for reduce in ("sum", "mean"):
+        fast, slow = copy.deepcopy(model), copy.deepcopy(model)
+        swap_neurons(fast, 4, reduce=reduce)
+        for run in range(8):
+            ref.greedy_by_search(slow, run, 4, reduce)
+        assert ref.same_state(fast, slow)
+        results.append(fast)
+    assert not ref.same_state(*results)
+
+
+def test_costs_that_differ_by_rounding_are_ties():
+    """Inputs mirror each other, and neurons come in three kinds: the lowest slot wins."""
+    model, draw = new_model((16, 16), runs=10, frozen=(0,)).double(), ref.generator()
+    left, kinds = torch.rand(10, 1, 16, generator=draw).double(), torch.arange(16) % 3 + 1
+    share = torch.rand(10, 1, 1, generator=draw).double()
+    model.layers[0].weight.data[:] = share * kinds[:, None] * (left + left.flip(2))
+    slow, first = copy.deepcopy(model), copy.deepcopy(model)
+    swap_neurons(model, 8)
+    for run in range(10):
+        ref.greedy_by_search(slow, run, 8)
+    assert ref.same_state(model, slow)
+    assert not ref.same_state(model, first)
 
 
 def test_frozen_rows_stay():

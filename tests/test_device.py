@@ -93,7 +93,6 @@ USES = {
     "modules": bimt.modules,
     "inputs_read": bimt.inputs_read,
     "wiring_length": bimt.wiring_length,
-    "mean_wire": bimt.mean_wire,
     "plot_network": bimt.plot_network,
     "train": trained,
     "plot_curves and explore": drawn,

@@ -60,7 +60,7 @@ def test_losses_equal_those_of_torch_and_do_not_broadcast(measure):
 
 @pytest.mark.parametrize("measure", [bimt.cross_entropy, bimt.accuracy])
 def test_classes_below_0_are_refused(measure):
-    with pytest.raises(ValueError, match="expected .* got"):
+    with pytest.raises(ValueError, match=r"expected (.|\n)* got"):
         measure(torch.zeros(2, 2, 3), torch.tensor([-100, 0]))
 
 
@@ -352,14 +352,14 @@ def test_interrupt_returns_what_there_is(place, capsys):
 
 
 def test_interrupt_anywhere_keeps_the_history():
-    """Ctrl-C at every line, from the first step to the return."""
+    """Ctrl-C at every other line, from the first step to the return."""
     settings = {"steps": 3, "swap_every": 2, "lr": 0.05, "snapshots": 3}
     settings["metrics"] = {"again": loss_fn}
     whole, place, more, lost = fit(new_model(), **settings), 0, True, []
     seen = {step: whole.at(step)(X).detach() for step in whole.snapshots}
     assert not torch.allclose(seen[2], seen[3], atol=1e-3)
     while more:
-        place, model, started = place + 1, new_model(), []
+        place, model, started = place + 2, new_model(), []
         settings["loss_fn"] = lambda m, started=started: started.append(1) or loss_fn(m)
         history, more = ref.interrupted(lambda model=model: fit(model, **settings), place, "")
         if history is None:  # before the first step, or at the return
