@@ -528,7 +528,7 @@ def live_neurons(model):
 def graph(model, run=0):
     """The live part of one network, a `networkx.DiGraph`: nodes (row, slot), edge `weight` |w|,
     added up over folds and over layers between the same two rows; 0 within a residual stream."""
-    model, graph, weights = model.pick(run), nx.DiGraph(), Counter()
+    model, graph, weights = model.pick(range(model.runs)[run]), nx.DiGraph(), Counter()
     live = {name: m[0].nonzero().flatten().tolist() for name, m in live_neurons(model).items()}
     for layer, read, written in model.wires():
         if layer is None:
@@ -579,7 +579,9 @@ def plot_network(model, run=0, ax=None, *, in_labels=None, out_labels=None, stro
     blue if positive, red if negative, as wide as |w| / max |w| of its layer times `width` points.
     Folds are rows of dots with their own wires. Grey lines join the stages of a stream.
     `in_labels` and `out_labels`, in task order, follow the neurons. Returns the axes."""
-    ax, model = plt.subplots(figsize=(5, 4))[1] if ax is None else ax, model.pick(run)
+    _require(strongest is None or strongest > 0, "strongest above 0", strongest)
+    ax = plt.subplots(figsize=(5, 4))[1] if ax is None else ax
+    model = model.pick(range(model.runs)[run])
     rows = model.groups()
     height = {name: y for y, name in enumerate(rows)}
 
@@ -602,18 +604,18 @@ def plot_network(model, run=0, ax=None, *, in_labels=None, out_labels=None, stro
         style["colors"] = np.where(weight[j, i] > 0, POSITIVE, NEGATIVE)
         ax.add_collection(LineCollection(np.stack([lower[i], upper[j]], 1), **style))
         ax.scatter(*np.concatenate([lower, upper]).T, s=dot, c="black", lw=0, zorder=3)
-    low, top = -(model.layers[0].in_folds - 1) / 4, len(rows) - 1
-    first, *_, last = rows
+    low, (first, *_, last) = -(model.layers[0].in_folds - 1) / 4, rows
     for labels, perm, name, y, va in (
         (in_labels, model.in_perm, first, low - 0.12, "top"),
-        (out_labels, model.out_perm, last, top + 0.12, "bottom"),
+        (out_labels, model.out_perm, last, height[last] + 0.12, "bottom"),
     ):
         _require(labels is None or len(labels) == perm.shape[1], f"a label for each {name}", labels)
         for (x, _), item in zip(dots(name), perm[0].tolist(), strict=True):
-            ax.text(x, y, labels[item] if labels else "", ha="center", va=va, fontsize=fontsize)
+            text = "" if labels is None else labels[item]
+            ax.text(x, y, text, ha="center", va=va, fontsize=fontsize)
     for name in rows:
         ax.text(-0.03, height[name], name, ha="right", va="center", fontsize=fontsize)
-    ax.set(xlim=(-0.02, 1.02), ylim=(low - 0.4, top + 0.4))
+    ax.set(xlim=(-0.02, 1.02), ylim=(low - 0.4, height[last] + 0.4))
     ax.axis("off")
     return ax
 
@@ -641,8 +643,7 @@ def animate(history, draw, name, *, figsize=(6, 4), fps=12, dpi=100, gif_fps=8, 
     as they were."""
     ffmpeg, fig = imageio_ffmpeg.get_ffmpeg_exe(), plt.Figure(figsize=figsize)
     film, gif = figure_folder(f"{name}.mp4"), figure_folder(f"{name}.gif")
-    palette = f"fps={gif_fps},scale={gif_width}:-1:flags=lanczos,split[a][b]"
-    palette += ";[a]palettegen=stats_mode=diff[p];[b][p]paletteuse=dither=none"
+    palette = f"fps={gif_fps},scale={gif_width}:-1,split[a][b];[a]palettegen[p];[b][p]paletteuse=0"
     with whole_file(film) as part, whole_file(gif) as small:
         with plt.rc_context({"animation.ffmpeg_path": ffmpeg}):
             writer = FFMpegWriter(fps, codec="h264", extra_args=["-threads", "1"])  # same bytes
@@ -651,15 +652,14 @@ def animate(history, draw, name, *, figsize=(6, 4), fps=12, dpi=100, gif_fps=8, 
                     fig.clear()
                     draw(fig, history.at(step), step)
                     writer.grab_frame()
-        convert = [ffmpeg, "-loglevel", "error", "-i", part, "-vf", palette, small]
-        subprocess.run(convert, check=True)
+        command = [ffmpeg, "-nostdin", "-v", "error", "-i", part, "-vf", palette, small]
+        subprocess.run(command, check=True)
 
 
 def explore(history, draw, *, figsize=(6, 4), dpi=80):
     """A widget: slider and play button over the snapshots, each drawn by draw(fig, model, step)."""
-    steps = sorted(history.snapshots)
-    play = widgets.Play(max=len(steps) - 1, interval=300, description="play")
-    slider = widgets.SelectionSlider(options=steps, value=steps[-1], description="step")
+    play = widgets.Play(max=len(history.snapshots) - 1, interval=300, description="play")
+    slider = widgets.SelectionSlider(options=sorted(history.snapshots), index=play.max)
     picture = widgets.Image(format="png", layout={"width": f"{dpi * figsize[0]:.0f}px"})
 
     def show(_=None):

@@ -2,7 +2,13 @@
 
 import os
 import tempfile
+from pathlib import Path
 
+# Kernels, also those of notebooks that tests write elsewhere, inherit the environment, not pytest's
+# import path.
+ROOT = Path(__file__).parent
+PLACES = [str(ROOT), str(ROOT / "notebooks"), os.environ.get("PYTHONPATH")]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, PLACES))
 # Tests never touch the committed figures; this folder goes when the tests end.
 FIGURES = tempfile.TemporaryDirectory(prefix="bimt-figures-")
 os.environ["BIMT_FIGURES"] = FIGURES.name

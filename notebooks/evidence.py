@@ -73,10 +73,10 @@ class Claims:
     def save(self):
         """Write `table` to claims_figure_N.json in `figure_folder()`. `pandas.read_json` reads it
         back, with NaN for a bound that is missing."""
-        text = self.table.to_json(
-            orient="records", indent=1, double_precision=15, force_ascii=False
-        )
-        with whole_file(figure_folder(f"claims_figure_{self.figure}.json")) as path:
+        rows, style = self.table, {"indent": 1, "double_precision": 15, "force_ascii": False}
+        text = rows.to_json(orient="records", **style)
+        name = f"claims_figure_{self.figure}.json".replace(" ", "_")
+        with whole_file(figure_folder(name)) as path:
             path.write_text(text, encoding="utf-8")
 
 

@@ -56,7 +56,8 @@ def run_with(path, cell):
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
-def notebook(request):
+def notebook(request, monkeypatch):
+    monkeypatch.delenv("PYTHONPATH")  # a notebook finds its modules by itself
     return request.param
 
 

@@ -85,7 +85,7 @@ def test_the_architecture_in_any_arrangement_equals_plain_pytorch():
         for linear, layer in zip(plain, straight.layers, strict=True):
             linear.load_state_dict({"weight": layer.weight[run], "bias": layer.bias[run]})
         assert torch.allclose(straight(x)[run], plain(x), atol=1e-12)
-        assert NOTEBOOK.unchanged_by_swaps.__globals__["torch"].allclose(before[run], plain(x))
+        assert torch.allclose(before[run], plain(x), atol=1e-9)
     sizes = [len(group.places) for group in model.groups().values()]
     assert [tuple(row.shape) for row in model.rows(x)] == [(2, 7, n) for n in sizes[1:]]
 
@@ -137,9 +137,8 @@ def test_swaps_work_in_place_and_leave_the_outputs_unchanged(network):
     assert bimt.wiring_length(placed) < length
     assert torch.allclose(plain(x), before, atol=1e-12)
     assert not torch.equal(plain[0].weight, ends[0])
-    assert torch.equal(plain[0].weight.sum(0), ends[0].sum(0)) or torch.allclose(
-        plain[0].weight.sum(0), ends[0].sum(0)
-    )  # inputs and outputs stay in the order of the task
+    # inputs and outputs stay in the order of the task
+    assert torch.allclose(plain[0].weight.sum(0), ends[0].sum(0))
     assert torch.allclose(plain[-1].weight.sum(1), ends[1].sum(1))
     assert torch.equal(placed.in_perm, torch.arange(4)[None])
 
@@ -158,6 +157,7 @@ def test_pruning_and_structure_work_on_a_copy(network):
     bimt.plot_network(pruned)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_it_trains_in_a_loop_but_not_by_train():
     plain, placed = plain_branches()
     plain.float()
@@ -175,31 +175,16 @@ def test_it_trains_in_a_loop_but_not_by_train():
     assert all(torch.equal(p, state[name]) for name, p in plain.state_dict().items())
 
 
-def test_rows_in_which_neurons_are_told_apart_are_to_be_frozen():
+@pytest.mark.parametrize(("frozen", "unchanged"), [((0, -1), False), ((0, 1, -1), True)])
+def test_rows_in_which_neurons_are_told_apart_are_to_be_frozen(frozen, unchanged):
     norm = nn.LayerNorm(6)
     nn.init.normal_(norm.weight, generator=generator())
-    plain = nn.Sequential(nn.Linear(4, 6), norm, nn.Tanh(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
-    wires = [(plain[0], "input", "A1"), (plain[3], "A1", "A2"), (plain[5], "A2", "output")]
-    NOTEBOOK.__dict__["unchanged_by_swaps"].__globals__["WIDTH"] = 5
-    frozen = NOTEBOOK.PlacedNetwork(plain, wires, frozen=(0, 1, -1))
-    arrange_hidden(frozen)
-    assert unchanged(frozen)
-    assert not unchanged(NOTEBOOK.PlacedNetwork(plain, wires))
-
-
-def arrange_hidden(model):
-    """Put the movable neurons in random order."""
-    for group in groups_of(model):
-        if group.movable:
-            order = torch.randperm(len(group.places), generator=generator())
-            for tensor, axis, _ in group.axes:
-                tensor.detach().copy_(tensor.detach().index_select(axis, order))
-
-
-def unchanged(model):
-    before = model(x.float())
-    bimt.swap_neurons(model, 6)
-    return torch.allclose(model(x.float()), before, atol=1e-5)
+    first, second, last = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 2)
+    plain = nn.Sequential(first, norm, nn.Tanh(), second, nn.ReLU(), last)
+    wires = [(first, "input", "A1"), (second, "A1", "A2"), (last, "A2", "output")]
+    placed, before = NOTEBOOK.PlacedNetwork(plain, wires, frozen), last.weight.clone()
+    assert NOTEBOOK.unchanged_by_swaps(placed) == unchanged
+    assert not torch.equal(last.weight, before)
 
 
 # ---------------------------------------------------------------- (e) to and from nn.Sequential
