@@ -16,9 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 os.environ.setdefault("ATEN_CPU_CAPABILITY", "avx2")  # the same bits on every x86 processor
 
-from evidence import verdicts  # noqa: E402
-
 from bimt_utils import whole_file  # noqa: E402
+from evidence import verdicts  # noqa: E402
 
 FIGURES = ROOT / "figures"
 README, PAGE = ROOT / "README.md", FIGURES / "README.md"
