@@ -147,8 +147,9 @@ class EmbeddedModel(nn.Module):
             inputs.axes.append((layer.weight, 2, layer.in_folds))
             outputs.axes += [(p, 1, layer.out_folds) for p in (layer.weight, layer.bias)]
         rows, listed = list(groups.values()), [id(layer) for layer, *_ in wires if layer]
-        fits = sorted(listed) == sorted(map(id, self.layers)) and groups[written] is rows[-1]
-        _require(fits, "every layer in one wire, and the outputs last", wires)
+        fits = rows[-1].ends == [(self.layers[-1], 1)]
+        fits = fits and sorted(listed) == sorted(map(id, self.layers))
+        _require(fits, "every layer in one wire, the last one alone writing the outputs", wires)
         rows[0].axes.append((self.in_perm, 1, 1))
         rows[-1].axes.append((self.out_perm, 1, 1))
         if self.embedding is not None:
@@ -316,8 +317,7 @@ def _trade(table, score, top_k):
     for rank, slot in enumerate(ranked.T):
         stay = table.diagonal(axis1=1, axis2=2)
         change = table[run, slot] + table[run, :, slot] - (stay + stay[run, slot][:, None])
-        change[run, slot] = 0  # staying is one of the choices
-        best = change.min(1)
+        best = change.min(1)  # at most 0: staying is one of the choices
         first = (change <= (best + rounding)[:, None]).argmax(1)
         other = np.where((best < -rounding) & (rank < top_k), first, slot)
         for rows in (table, order):  # now row s of the table is about the neuron in slot s
@@ -416,8 +416,8 @@ def train(model, loss_fn, *, steps, lr, lamb, prices=connection_prices, optimize
     `functools.partial` gives `prices`, `optimizer` and `swap` their arguments. The model is trained
     in place. Ctrl-C returns what there is; an exception carries it as `error.history`. A loss that
     is not finite raises FloatingPointError, which names run and step."""
-    fits = min(steps, snapshots) > 0 and swap_every >= 0
-    _require(fits, "steps and snapshots above 0, swap_every not below", (steps, swap_every))
+    fits = min(steps, snapshots) > 0 and min(swap_every, lr) >= 0
+    _require(fits, "steps and snapshots above 0, swap_every and lr not below", (steps, lr))
     lambs, tariffs = _phases("lamb", lamb, steps), _phases("prices", prices, steps)
     lambs = {start: _per_run(model, "lamb", value) for start, value in lambs.items()}
     history, step, began = History(copy.deepcopy(model), [*lambs][1:]), 0, time.perf_counter()

@@ -7,12 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from evidence import Claims, summarise, verdicts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bimt_utils as bimt
 from bimt_utils import figure_folder, save_figure
+from evidence import Claims, summarise, verdicts
 
 
 @pytest.fixture(autouse=True)
@@ -209,3 +209,17 @@ def test_a_file_where_the_folder_should_be(monkeypatch, tmp_path):
         with pytest.raises((OSError, ValueError), match="file"):
             call()
     assert (tmp_path / "file").read_text(encoding="utf-8") == "not a folder"
+
+
+def test_records_stand_beside_claims_and_are_not_judged(tmp_path, monkeypatch):
+    monkeypatch.setenv("BIMT_FIGURES", str(tmp_path))
+    claims = Claims("a name", 3)
+    claims.add("at least one", [1.0], at_least=1)
+    claims.record("an error", [0.25])
+    claims.save()
+    table = pd.read_json(tmp_path / "claims_figure_a_name.json")
+    assert table.value.tolist() == [1.0, 0.25]
+    assert table.held.isna().tolist() == [False, True]
+    for same in (claims.table, table):
+        assert summarise(same).held.tolist() == ["1 of 1"]
+        assert verdicts(same).index.get_level_values("claim").tolist() == ["at least one"]

@@ -341,6 +341,8 @@ WIRES = {
     "a layer left out": lambda a, b, c: [(a, "input", "A1"), (c, "A1", "output")],
     "a row read before it is written": lambda a, b, c: [
         (a, "input", "A1"), (c, "A2", "output"), (b, "A1", "A2")],
+    "a row written after it is read": lambda a, b, c: [
+        (a, "input", "A1"), (None, "A1", "S"), (b, "input", "A1"), (c, "S", "output")],
     "two rows that nothing writes": lambda a, b, c: [
         (a, "input", "A1"), (b, "more", "A1"), (c, "A1", "output")],
     "outputs that the last layer does not write": lambda a, b, c: [
@@ -351,7 +353,7 @@ WIRES = {
 
 
 @pytest.mark.parametrize("name", WIRES)
-def test_wires_along_which_neurons_cannot_move_are_refused(name):
+def test_wires_of_no_forward_pass_are_refused(name):
     class Model(bimt.EmbeddedMLP):
         def wires(self):
             return WIRES[name](*self.layers)

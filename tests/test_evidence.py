@@ -5,18 +5,18 @@ import itertools
 from collections import Counter
 from statistics import fmean
 
-import evidence
 import networkx as nx
 import pytest
 import reference as ref
 import torch
-from evidence import newman_modularity, null_modularity, shuffled
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from networkx.algorithms.community import louvain
 from sympy.utilities.iterables import multiset_partitions
 
 import bimt_utils as bimt
+import evidence
+from evidence import newman_modularity, null_modularity, shuffled
 
 SEEDS = st.integers(0, 1000)
 few = settings(deadline=None, max_examples=40)
@@ -167,3 +167,19 @@ def test_modules_have_more_modularity_than_their_null():
     model = wired(square, square)
     assert newman_modularity(model) == pytest.approx(1 - 1 / 3)
     assert null_modularity(model) < 0.6
+
+
+def test_modularity_is_recorded_for_every_variant_and_for_the_null():
+    runs_of = {"BIMT": [0, 1], "none": [2]}
+    shape, draw = (4, 6, 2), [ref.generator(k) for k in range(2)]
+    models = {f"task {k}": bimt.EmbeddedMLP(shape, 3, generator=g) for k, g in enumerate(draw)}
+    claims = evidence.Claims(3, 0)
+    evidence.record_modularity(claims, models, runs_of, seed=1)
+    found = claims.table.set_index(["claim", "run"]).value
+    for task, model in models.items():
+        for variant, runs in runs_of.items():
+            for place, run in enumerate(runs):
+                wanted = evidence.newman_modularity(model, run, 1)
+                assert found[f"Q of {variant}: {task}", place] == wanted
+        null = evidence.null_modularity(model, 1, seed=1)
+        assert found[f"Q of shuffled: {task}", 1] == null
