@@ -86,8 +86,8 @@ class EmbeddedLinear(nn.Module):
 @dataclass(eq=False)
 class NeuronGroup:
     """Neurons that trade places with each other, at `places` (n, d). `ends` lists the (layer, axis)
-    whose outputs (axis 1 of the weight) or inputs (axis 2) they are; whoever moves them permutes
-    all `axes`, a list of (tensor, axis, folds). A group that is not `movable` is never swapped."""
+    whose outputs (axis 1 of the weight) or inputs (axis 2) they are; moving them permutes all
+    `axes`, a list of (tensor, axis, folds). A group that is not `movable` is never swapped."""
 
     places: torch.Tensor
     movable: bool = True
@@ -106,8 +106,8 @@ class EmbeddedModel(nn.Module):
              comes before the layers that write to b
 
     Integer buffers `in_perm` and `out_perm` (runs, n) tell which input feature or output sits in
-    each slot. `embedding` is (runs, tokens, dim) or None; `frozen` holds numbers of rows. Copies
-    are deep: what a model keeps of a forward pass must be detached."""
+    each slot. `embedding` is (runs, tokens, dim) or None; `frozen` holds numbers of rows. Models
+    are deep-copied, so detach what you store in one."""
 
     def __init__(self, layers):
         super().__init__()
@@ -129,7 +129,7 @@ class EmbeddedModel(nn.Module):
 
     def groups(self):
         """Row name -> `NeuronGroup`, from input to output; the stages of a stream share one.
-        Refuses wires along which neurons cannot be permuted."""
+        ValueError for wires along which neurons cannot be permuted."""
         groups, already_read, wires = {}, set(), self.wires()
         for layer, read, written in wires:
             already_read.add(read)
@@ -282,14 +282,14 @@ def swap_neurons(model, top_k=5, *, reduce="sum"):
 
     Row by row from input to output, the slots are ranked once by the sum of |w| of their neuron's
     wires. For each of the first `top_k` slots, a number or (runs,), its neuron trades places with
-    the neuron of the group that shortens the wiring most, if any does. `reduce` should be the one
-    of `connection_prices`."""
+    the neuron of the group that shortens the wiring most, if any does. Distance counts, A does not.
+    `reduce` should be the one of `connection_prices`."""
     top_k = np.array(_per_run(model, "top_k", top_k).tolist())
     for group in dict.fromkeys(model.groups().values()):
         if group.movable:
             order = _trade(*_slot_costs(group, reduce), top_k)
             moved = [_rearranged(t, axis, order, folds) for t, axis, folds in group.axes]
-            # one call, which no interrupt divides: half a move would change the function
+            # a single call: an interrupt between two would leave half a move
             torch._foreach_copy_([tensor for tensor, *_ in group.axes], moved)
 
 
@@ -409,7 +409,7 @@ def train(model, loss_fn, *, steps, lr, lamb, prices=connection_prices, optimize
     prices:     prices(model) -> {parameter: price}, or phases of such; cost = sum of price * |p|
     optimizer:  optimizer(parameters, lr) makes an object whose step(prices) minimises loss + sum of
                 price * |p|, lamb being part of the prices, from the loss's gradients p.grad
-    swap:       swap(model), called every `swap_every` steps (0: never); moments stay with the slots
+    swap:       swap(model), called every `swap_every` steps (0: never); moments stay in their slots
     metrics:    name -> metric(model) -> (runs,), evaluated at up to 101 steps, without gradients
     snapshots:  number of snapshots after the first
 
@@ -443,8 +443,8 @@ def train(model, loss_fn, *, steps, lr, lamb, prices=connection_prices, optimize
                 history.keep(step, model)
             if step < steps:
                 for p in model.parameters():
-                    p.grad = torch.zeros_like(p)  # who is not in the loss pays all the same
-                loss.sum().backward()
+                    p.grad = torch.zeros_like(p)  # what the loss does not use is charged, too
+                loss.sum().backward()  # the gradient of the loss; the optimizer adds lamb * cost
                 optimizer.step(charged)
         text = f"{label}: {steps:,} steps, {time.perf_counter() - began:.1f} s"
         shown.update(display.Pretty(text)) if shown else print(text)
@@ -611,8 +611,7 @@ def plot_network(model, run=0, ax=None, *, in_labels=None, out_labels=None, stro
     ):
         _require(labels is None or len(labels) == perm.shape[1], f"a label for each {name}", labels)
         for (x, _), item in zip(dots(name), perm[0].tolist(), strict=True):
-            text = "" if labels is None else labels[item]
-            ax.text(x, y, text, ha="center", va=va, fontsize=fontsize)
+            ax.text(x, y, "" if labels is None else labels[item], ha="center", va=va, size=fontsize)
     for name in rows:
         ax.text(-0.03, height[name], name, ha="right", va="center", fontsize=fontsize)
     ax.set(xlim=(-0.02, 1.02), ylim=(low - 0.4, height[last] + 0.4))
@@ -643,7 +642,8 @@ def animate(history, draw, name, *, figsize=(6, 4), fps=12, dpi=100, gif_fps=8, 
     as they were."""
     ffmpeg, fig = imageio_ffmpeg.get_ffmpeg_exe(), plt.Figure(figsize=figsize)
     film, gif = figure_folder(f"{name}.mp4"), figure_folder(f"{name}.gif")
-    palette = f"fps={gif_fps},scale={gif_width}:-1,split[a][b];[a]palettegen[p];[b][p]paletteuse=0"
+    vf = f"tpad=stop_mode=clone:stop_duration=2,fps={gif_fps}:round=up,scale={gif_width}:-1"
+    vf += ",split[a][b];[a]palettegen[p];[b][p]paletteuse=dither=none"
     with whole_file(film) as part, whole_file(gif) as small:
         with plt.rc_context({"animation.ffmpeg_path": ffmpeg}):
             writer = FFMpegWriter(fps, codec="h264", extra_args=["-threads", "1"])  # same bytes
@@ -652,7 +652,7 @@ def animate(history, draw, name, *, figsize=(6, 4), fps=12, dpi=100, gif_fps=8, 
                     fig.clear()
                     draw(fig, history.at(step), step)
                     writer.grab_frame()
-        command = [ffmpeg, "-nostdin", "-v", "error", "-i", part, "-vf", palette, small]
+        command = [ffmpeg, "-nostdin", "-v", "error", "-i", part, "-vf", vf, small]
         subprocess.run(command, check=True)
 
 

@@ -43,12 +43,16 @@ def measurements():
 
 
 def authors():
-    """What the authors' code gave, the same columns as far as they are there."""
+    """What the authors' code gave: figure, seed, claim ("task: quantity") and value."""
     found = json.loads((FIGURES / "authors.json").read_text(encoding="utf-8"))
-    rows = pd.DataFrame(found["results"]).melt(["figure", "task", "seed"], var_name="quantity")
-    rows = rows.dropna(subset="value").astype({"value": float, "figure": str})
-    rows["claim"] = rows.task + ": " + rows.quantity
-    return rows.sort_values("figure", kind="stable")
+    rows = [
+        {"figure": str(of["figure"]), "seed": of["seed"], "claim": f"{of['task']}: {name}"}
+        | {"value": float(value)}
+        for of in found["results"]
+        for name, value in of.items()
+        if name not in ("figure", "task", "seed")
+    ]
+    return pd.DataFrame(rows).sort_values("figure", kind="stable")
 
 
 def markdown(frame):
@@ -57,9 +61,9 @@ def markdown(frame):
     return "\n".join(f"| {' | '.join(row)} |" for row in escaped)
 
 
-def in_short(values):
+def in_short(quantity, values):
     """Median [lowest, highest] and the number of networks; of yes and no, how many say yes."""
-    if set(values) <= {0, 1}:
+    if quantity.endswith("reads right"):
         return f"{int(values.sum())} of {len(values)}"
     numbers = [values.median(), values.min(), values.max()]
     median, low, high = (f"{number:.3g}" for number in numbers)
@@ -73,7 +77,7 @@ def comparison(theirs, ours):
         our = ours[ours.claim == quantity].value
         if len(our):
             p = mannwhitneyu(their, our, alternative="two-sided").pvalue
-            rows.append([quantity, in_short(their), in_short(our), f"{p:.2f}"])
+            rows.append([quantity, in_short(quantity, their), in_short(quantity, our), f"{p:.2f}"])
     return pd.DataFrame(rows, columns=["quantity", "authors' code", "ours", "p"])
 
 

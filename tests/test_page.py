@@ -59,8 +59,8 @@ def test_comparison_by_hand():
 
 
 def test_yes_and_no_are_counted():
-    assert page.in_short(pd.Series([1.0, 0.0, 1.0])) == "2 of 3"
-    assert page.in_short(pd.Series([0.5, 1.0])) == "0.75 [0.5, 1], 2"
+    assert page.in_short("a: reads right", pd.Series([1.0, 0.0, 1.0])) == "2 of 3"
+    assert page.in_short("a: modules", pd.Series([0.5, 1.0])) == "0.75 [0.5, 1], 2"
 
 
 def test_claims_are_counted_and_records_are_not():
