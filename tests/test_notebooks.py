@@ -151,4 +151,4 @@ def test_few_claims(path):
     bounded = [row for row in rows if (row["at_least"], row["at_most"]) != (None, None)]
     figure = path.stem.removeprefix("claims_figure_")
     assert 0 < len({row["claim"] for row in bounded}) <= CLAIMS.get(figure, 7)
-    assert {str(row["figure"]) for row in rows} == {figure}
+    assert {str(row["figure"]).replace(" ", "_") for row in rows} == {figure}
