@@ -92,7 +92,7 @@ def judged(table):
 
 def modularity(table):
     """Newman's Q, medians over networks: a row per task, a column per kind of network."""
-    rows = table[table.claim.str.startswith("Q of ")]
+    rows = table[table.claim.str.startswith("Q of ")].reset_index()
     parts = rows.claim.str.extract(r"Q of (?P<kind>[^:]+): (?P<task>.*)")
     rows = rows.join(parts.replace({"kind": {"swaps": "BIMT"}}))
     medians = rows.groupby(["figure", "task", "kind"], sort=False).value.median().unstack()
