@@ -133,7 +133,7 @@ class EmbeddedModel(nn.Module):
         groups, already_read, wires = {}, set(), self.wires()
         for layer, read, written in wires:
             already_read.add(read)
-            fits = (read in groups or not groups) and written not in already_read
+            fits = (read in groups or (layer and not groups)) and written not in already_read
             fits = fits and (layer or written not in groups)
             _require(fits, "wires in forward order, every stage with one source", wires)
             if layer is None:
@@ -146,10 +146,10 @@ class EmbeddedModel(nn.Module):
             outputs.ends.append((layer, 1))
             inputs.axes.append((layer.weight, 2, layer.in_folds))
             outputs.axes += [(p, 1, layer.out_folds) for p in (layer.weight, layer.bias)]
-        rows, listed = list(groups.values()), [id(layer) for layer, *_ in wires if layer]
-        fits = rows[-1].ends == [(self.layers[-1], 1)]
-        fits = fits and sorted(listed) == sorted(map(id, self.layers))
-        _require(fits, "every layer in one wire, the last one alone writing the outputs", wires)
+        rows, used = [*groups.values()], [m.weight.data_ptr() for m, *_ in wires if m]
+        fits = sorted(used) == sorted({layer.weight.data_ptr() for layer in self.layers})
+        fits = fits and rows[-1].ends == [(self.layers[-1], 1)]
+        _require(fits, "every layer, with weights of its own, in one wire; outputs last", wires)
         rows[0].axes.append((self.in_perm, 1, 1))
         rows[-1].axes.append((self.out_perm, 1, 1))
         if self.embedding is not None:
@@ -406,7 +406,7 @@ def train(model, loss_fn, *, steps, lr, lamb, prices=connection_prices, optimize
 
     loss_fn:    loss_fn(model) -> (runs,)
     lamb:       a number or (runs,), or phases [(fraction of training, value), ...] from fraction 0
-    prices:     prices(model) -> {parameter: price}, or phases of such; cost = sum of price * |p|
+    prices:     prices(model) -> {parameter: price}, constant within a phase, or phases of such
     optimizer:  optimizer(parameters, lr) makes an object whose step(prices) minimises loss + sum of
                 price * |p|, lamb being part of the prices, from the loss's gradients p.grad
     swap:       swap(model), called every `swap_every` steps (0: never); moments stay in their slots
@@ -480,7 +480,7 @@ def _measured(model, loss, lamb, prices, metrics):
     values = dict(loss=loss, cost=cost, objective=loss + lamb * cost, **measured)
     for name, value in values.items():
         _require(value.shape == (model.runs,), f"{name} to be ({model.runs},)", tuple(value.shape))
-    return {name: value.detach().cpu() for name, value in values.items()}
+    return {name: value.detach().cpu().clone() for name, value in values.items()}
 
 
 # ---------------------------------------------------------------- structure (ours)
@@ -534,11 +534,11 @@ def graph(model, run=0):
         if layer is None:
             weights.update({((read, i), (written, i)): 0 for i in live[read]})
             continue
-        size = layer.sizes()[0]
-        for j, i in size.nonzero().tolist():
+        for j, i in (size := layer.sizes()[0]).nonzero().tolist():
             weights[(read, i), (written, j)] += size[j, i].item()
-    graph.add_weighted_edges_from((*ends, weight) for ends, weight in weights.items())
-    return graph.subgraph((name, slot) for name in live for slot in live[name]).copy()
+    kept = [(*ends, w) for ends, w in weights.items() if all(i in live[row] for row, i in ends)]
+    graph.add_weighted_edges_from(kept)  # networkx's subgraphs are in the order of the hash seed
+    return graph
 
 
 def modules(model, run=0, rows=None):
@@ -546,7 +546,7 @@ def modules(model, run=0, rows=None):
     largest first. `rows` names the rows to look at, default all: modules that meet only in the
     output are found by leaving that row out."""
     known = list(model.groups())
-    rows = known if rows is None else rows
+    rows = known if rows is None else [*rows]
     _require({*rows} <= {*known}, f"a list of {known}", rows)
     part = graph(model, run)
     part = part.subgraph(node for node in part if node[0] in rows)
@@ -610,8 +610,8 @@ def plot_network(model, run=0, ax=None, *, in_labels=None, out_labels=None, stro
         (out_labels, model.out_perm, last, height[last] + 0.12, "bottom"),
     ):
         _require(labels is None or len(labels) == perm.shape[1], f"a label for each {name}", labels)
-        for (x, _), item in zip(dots(name), perm[0].tolist(), strict=True):
-            ax.text(x, y, "" if labels is None else labels[item], ha="center", va=va, size=fontsize)
+        for (x, _), k in zip(dots(name), perm[0].tolist(), strict=True):
+            ax.text(x, y, "" if labels is None else [*labels][k], ha="center", va=va, size=fontsize)
     for name in rows:
         ax.text(-0.03, height[name], name, ha="right", va="center", fontsize=fontsize)
     ax.set(xlim=(-0.02, 1.02), ylim=(low - 0.4, height[last] + 0.4))

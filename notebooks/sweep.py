@@ -8,6 +8,8 @@ taken up again. Values are YAML: write 0.001, as 1e-3 is text there.
 """
 
 import ast
+import hashlib
+import json
 import operator
 import os
 import re
@@ -52,11 +54,14 @@ def run(notebook, seed, folder=RESULTS, **parameters):
     known.remove("SEED")  # KeyError for a notebook without one
     if not known >= parameters.keys():
         raise ValueError(f"expected parameters among {sorted(known)}, got {[*parameters]}")
-    # NumPy's numbers become Python's, as papermill would write them as text
-    plain = {key: v.tolist() if hasattr(v, "tolist") else v for key, v in parameters.items()}
+    # NumPy's numbers become Python's and tuples lists, as papermill would write them as text
+    plain = json.loads(json.dumps(parameters, default=lambda value: value.tolist()))
     seed, others = operator.index(seed), sorted(plain.items())
-    name = "_".join([source.stem, f"seed_{seed}", *(f"{key}_{v}" for key, v in others)])
-    result = Path(folder).resolve() / f"{re.sub('[^A-Za-z0-9._+-]+', '~', name)}.json"
+    name = "_".join([source.stem, f"seed_{seed}", *(f"{key}_{v!r}" for key, v in others)])
+    safe = re.sub("[^A-Za-z0-9._+-]+", "~", name)
+    if safe != name:  # other values could look the same
+        safe += f"~{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    result = Path(folder).resolve() / f"{safe}.json"
     if result.exists():
         return result
     result.parent.mkdir(parents=True, exist_ok=True)

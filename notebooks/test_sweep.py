@@ -14,9 +14,10 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-import sweep
 from dask.distributed import Client, LocalCluster
 from nbformat.v4 import new_code_cell, new_notebook
+
+import sweep
 
 PARAMETERS = """
 SEED = 0  # not a parameter: y0, distance
@@ -92,7 +93,7 @@ def test_a_killed_worker_loses_nothing(folder):
 def test_parameters_reach_the_notebook(folder):
     write(folder / "small.ipynb")
     result = run(folder, 3, Y0=-5.0, RUNS=2, NAME="≤ b", B=[1, -2])
-    assert result.name == "small_seed_3_B_~1~-2~_NAME_~b_RUNS_2_Y0_-5.0.json"
+    assert result.name.startswith("small_seed_3_B_~1~-2~_NAME_~b~_RUNS_2_Y0_-5.0~")
     wanted = {"SEED": "3", "A": "1.0", "Y0": "-5.0", "B": "[1, -2]", "RUNS": "2", "NAME": "'≤ b'"}
     assert saved(result) == wanted
 
@@ -104,15 +105,17 @@ def test_equal_parameters_are_one_result(folder):
     for seed in (np.int64(1), np.uint8(1), np.array(1)):
         assert run(folder, seed, A=np.float64(0.5), RUNS=np.int64(2)) == result
     assert result.stat().st_mtime_ns == modified
-    others = [{"B": [1, 2]}, {"B": [-1, 2]}, {"B": -1}, {"B": 1}, {"RUNS": 1}]
+    others = [{"B": [1, 2]}, {"B": [-1, 2]}, {"B": -1}, {"B": 1}, {"B": "1"}, {"RUNS": 1}]
+    others += [{"B": [[1], [2]]}, {"NAME": "é"}, {"NAME": "ü"}, {"NAME": "None"}, {"NAME": None}]
     names = {run(folder, 1, **other).name for other in others}
     assert len(names) == len(others)
 
 
 def test_numbers_of_numpy_stay_numbers(folder):
     write(folder / "small.ipynb")
-    result = run(folder, np.int64(4), A=np.float64(0.5), B=np.arange(2), RUNS=np.int32(7))
-    assert result.name == "small_seed_4_A_0.5_B_~0~1~_RUNS_7.json"
+    result = run(folder, np.int64(4), A=np.float64(0.5), B=(0, np.int64(1)), RUNS=np.int32(7))
+    assert result == run(folder, 4, A=0.5, B=np.arange(2), RUNS=7)
+    assert result.name.startswith("small_seed_4_A_0.5_B_~0~1~_RUNS_7~")
     assert saved(result) == {
         **{"SEED": "4", "A": "0.5", "B": "[0, 1]", "RUNS": "7"},
         **{"Y0": "0.1", "NAME": "'λ'"},

@@ -365,6 +365,13 @@ def test_wires_of_no_forward_pass_are_refused(name):
     assert ref.same_state(model, before)
 
 
+def test_layers_that_share_a_weight_are_refused():  # each of them would move it
+    model = new_model((3, 3, 3, 3))
+    model.layers[2].weight = model.layers[1].weight
+    with pytest.raises(ValueError, match="weights of its own"):
+        swap_neurons(model)
+
+
 def with_nan(model):
     model.layers[1].weight.data[1, 0, 0] = float("nan")
     swap_neurons(model)

@@ -1,6 +1,10 @@
 """Pruning, live neurons, modules and the other measures, against searches in plain graphs."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import networkx as nx
 import numpy as np
@@ -240,3 +244,29 @@ def test_what_belongs_to_the_user_is_left_alone():  # defect 8
     assert torch.equal(single.scale, model.scale)
     assert torch.equal(single.extra.weight, model.extra.weight)
     assert modules(model, 1) == modules(single)
+
+
+def test_rows_may_come_from_a_generator():
+    model = new_model()
+    rows = [name for name in model.groups() if name != "output"]
+    assert modules(model, 0, (name for name in rows)) == modules(model, 0, rows) != []
+
+
+def test_the_graph_does_not_depend_on_the_hash_seed():
+    program = """
+import torch, bimt_utils as bimt
+draw = torch.Generator().manual_seed(5)
+model = bimt.EmbeddedMLP((20, 60, 60, 10), generator=draw)
+for layer in model.layers:  # more than half of the neurons are dead
+    layer.weight.data *= torch.rand(layer.weight.shape, generator=draw) < 0.05
+model.layers[2].weight.data[:, :, 25:] = 0
+print(list(bimt.graph(model).edges))
+"""
+    seen = set()
+    for seed in ("0", "1"):
+        settings = {**os.environ, "PYTHONHASHSEED": seed}
+        root = Path(bimt.__file__).parent
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, env=settings, cwd=root, capture_output=True, check=True)
+        seen.add(done.stdout)
+    assert len(seen) == 1

@@ -252,6 +252,16 @@ def test_history():
     assert torch.allclose(loss_fn(history.at(190)), history["loss"][50])  # the nearest
 
 
+def test_a_metric_may_be_a_view_of_a_weight():
+    def weight(model):
+        return model.layers[0].weight[:, 0, 0]
+
+    metrics = {"view": weight, "copy": lambda model: weight(model) * 1}
+    history = fit(new_model(), metrics=metrics)
+    assert torch.equal(history["view"], history["copy"])
+    assert len(history["view"].unique()) > 10
+
+
 def test_training_does_not_touch_the_global_generator():
     before = torch.get_rng_state()
     fit(new_model())
