@@ -34,7 +34,7 @@ from bimt_utils import whole_file  # noqa: E402
 # What the sweep measures beyond the notebook, in a last cell of its own.
 MODULARITY = """
 from evidence import record_modularity
-if "pruned" in globals():
+if "runs_of" in globals():  # a notebook of the paper
     record_modularity(claims, pruned, runs_of, SEED)
     claims.save()
 """
