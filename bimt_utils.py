@@ -346,10 +346,10 @@ def accuracy(outputs, classes):
     return right.to(outputs.dtype).mean(1)
 
 
-def _expanded(targets, shape, least=-torch.inf):
+def _expanded(targets, shape, least=None):
     """`targets` for every run; broadcasting anything else would compare the wrong things."""
-    fits = targets.shape in (shape, shape[1:]) and bool((targets >= least).all())
-    _require(fits, f"targets {tuple(shape)} or {tuple(shape[1:])}, from {least}", targets)
+    fits = targets.shape in (shape, shape[1:]) and (least is None or (targets >= least).all())
+    _require(fits, f"targets {tuple(shape)} or {tuple(shape[1:])}, classes from 0", targets)
     return targets.expand(shape)
 
 

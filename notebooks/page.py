@@ -91,13 +91,15 @@ def judged(table):
 
 
 def modularity(table):
-    """Newman's Q, medians over networks: a row per task, a column per kind of network."""
+    """Newman's Q, medians over networks: a row per task, a column per kind of network, - where none
+    was trained."""
     rows = table[table.claim.str.startswith("Q of ")].reset_index()
     parts = rows.claim.str.extract(r"Q of (?P<kind>[^:]+): (?P<task>.*)")
     rows = rows.join(parts.replace({"kind": {"swaps": "BIMT"}}))
     medians = rows.groupby(["figure", "task", "kind"], sort=False).value.median().unstack()
     kinds = ["BIMT", "L1", "none", "shuffled"]
-    return medians[kinds].map("{:.2f}".format).reset_index()
+    shown = medians.reindex(columns=kinds).map("{:.2f}".format).replace("nan", "-")
+    return shown.reset_index().sort_values("figure", kind="stable")
 
 
 def picture(theirs, ours, quantities):
