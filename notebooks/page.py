@@ -4,7 +4,6 @@
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -14,10 +13,9 @@ from scipy.stats import mannwhitneyu
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
-os.environ.setdefault("ATEN_CPU_CAPABILITY", "avx2")  # the same bits on every x86 processor
 
 from bimt_utils import whole_file  # noqa: E402
-from evidence import verdicts  # noqa: E402
+from evidence import summarise, verdicts  # noqa: E402
 
 FIGURES = ROOT / "figures"
 README, PAGE = ROOT / "README.md", FIGURES / "README.md"
@@ -83,10 +81,7 @@ def comparison(theirs, ours):
 
 def judged(table):
     """One row per claim: in how many networks it holds, and the verdict."""
-    claims = table[table.held.notna()].astype({"held": bool})
-    counts = claims.groupby(["figure", "claim"], sort=False).held.agg(["sum", "size"])
-    holds = counts["sum"].astype(str) + " of " + counts["size"].astype(str)
-    found = verdicts(claims).assign(holds=holds).reset_index()
+    found = summarise(table).join(verdicts(table)).reset_index().rename(columns={"held": "holds"})
     return found[["figure", "claim", "holds", "share", "verdict"]]
 
 
