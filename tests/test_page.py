@@ -3,6 +3,7 @@ runs."""
 
 import re
 import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -39,15 +40,19 @@ def test_every_quantity_of_the_authors_is_measured_here():
 
 def test_the_authors_numbers_are_complete():
     theirs = page.authors()
-    assert len(theirs) == theirs.groupby(["claim", "seed"]).ngroups
+    assert len(theirs) == theirs.groupby(["claim", "seed"]).ngroups == 286
     first = theirs[(theirs.claim == "independence: test MSE") & (theirs.seed == 0)]
     assert first.value.item() == 0.00747278
 
 
 def table(**columns):
-    fixed = {"figure": "3", "seed": 1, "run": range(4), "at_least": 0.0, "at_most": 1.0}
+    fixed = {"figure": "3", "seed": 0, "run": range(4), "at_least": 0.0, "at_most": 1.0}
     fixed["authors"] = "-"
     return pd.DataFrame(fixed | columns)
+
+
+def test_every_panel_of_the_picture_has_data():
+    assert {*page.DRAWN} <= {*page.authors().claim}
 
 
 def test_comparison_by_hand():
@@ -55,8 +60,20 @@ def test_comparison_by_hand():
     far = table(claim="error", value=[11.0, 12.0, 13.0, 14.0], held=None)
     row = page.comparison(theirs, far).iloc[0].tolist()
     # of the 70 ways to choose four ranks of eight, two are as extreme
-    assert row == ["error", "2.5 [1, 4], 4", "12.5 [11, 14], 4", f"{2 / 70:.2f}"]
-    assert page.comparison(theirs, theirs).p[0] == "1.00"
+    assert row == ["error", "2.5 [1, 4], 4", "12.5 [11, 14], 4", f"{2 / 70:.3f}"]
+    assert page.comparison(theirs, theirs).p[0] == "1.000"
+
+
+def test_single_precision_breaks_no_ties():
+    theirs = table(claim="accuracy", value=[0.995, 0.995, 0.99, 1], held=None)
+    ours = theirs.assign(value=theirs.value.astype(np.float32).astype(float))
+    assert page.comparison(theirs, ours).p[0] == "1.000"
+
+
+def test_data_of_the_authors_are_not_compared_with_themselves():
+    theirs = table(claim="loss", value=[1.0, 2.0, 3.0, 4.0], held=None)
+    ours = pd.concat([table(figure="4", seed=s, claim="loss", value=s, held=None) for s in (0, 5)])
+    assert page.comparison(theirs, ours).ours[0] == "5 [5, 5], 4"
 
 
 def test_yes_and_no_are_counted():
@@ -77,7 +94,25 @@ def test_modularity_shows_medians():
         for kind, value in kinds.items()
     ]
     shown = page.modularity(pd.concat(rows)).iloc[0].tolist()
-    assert shown == ["3", "task", "0.50", "0.30", "0.10", "0.40"]
+    assert shown == ["3", "task", "0.50", "0.30", "0.10", "0.40", 4]
+    swaps = table(figure="7", claim="Q of swaps: ", value=0.5, held=None)
+    shown = page.modularity(pd.concat([*rows, swaps])).iloc[1].tolist()
+    assert shown == ["7", "in context", "0.50", "-", "-", "-", 4]
+
+
+def test_points_in_the_order_of_their_number():
+    rows = [
+        table(claim=f"independence, {points} points, {kind}: {what}", value=value, held=None)
+        for points, kind in [("1,000", "BIMT"), ("30", "BIMT"), ("30", "none")]
+        for what, value in {"error": [1, 2, 4, 9], "right": [1, 0, 0, 1]}.items()
+    ]
+    other = table(claim="independence, 1,000 points: two modules", value=1, held=True)
+    shown = page.points(pd.concat([*rows, other], ignore_index=True))
+    assert shown.columns.tolist() == ["formula", "points", "BIMT", "none"]
+    assert shown.to_numpy().tolist() == [
+        ["independence", 30, "3, 2 of 4", "3, 2 of 4"],
+        ["independence", 1000, "3, 2 of 4", "-"],
+    ]
 
 
 def test_readme_is_short_and_its_example_runs(monkeypatch, capsys):
@@ -92,7 +127,8 @@ def test_readme_is_short_and_its_example_runs(monkeypatch, capsys):
     assert "loss of each network" in capsys.readouterr().out
 
 
-def test_the_example_of_the_page_is_a_program():
+def test_the_example_of_the_page_is_a_program(monkeypatch):
+    monkeypatch.setattr("sys.path", [*sys.path])  # it adds a folder
     (example,) = re.findall(r"```python\n(.*?)```", read(page.PAGE), re.DOTALL)
     exec(example, {"__name__": "imported"})  # notebooks/test_sweep.py tries it
 
