@@ -85,9 +85,9 @@ class EmbeddedLinear(nn.Module):
 
 @dataclass(eq=False)
 class NeuronGroup:
-    """Neurons that trade places with each other, at `places` (n, d). `ends` lists the (layer, axis)
-    whose outputs (axis 1 of the weight) or inputs (axis 2) they are; moving them permutes all
-    `axes`, a list of (tensor, axis, folds). A group that is not `movable` is never swapped."""
+    """Neurons that trade places with each other, at `places` (n, d). `ends` lists (layer, axis):
+    they are the outputs (axis 1 of the weight) or inputs (axis 2) of that layer. Moving them
+    permutes all `axes`, a list of (tensor, axis, folds). If not `movable`, it is never swapped."""
 
     places: torch.Tensor
     movable: bool = True
@@ -99,7 +99,7 @@ class EmbeddedModel(nn.Module):
     """`runs` independent networks whose neurons have places: the base of every architecture.
 
     `layers` are its `EmbeddedLinear`s; the first reads the inputs, the last writes the outputs. A
-    subclass defines two methods, and nothing else needs to know it:
+    subclass defines two methods; the rest follows from them:
     rows(x): the values of every row after the input, a list; last the outputs in task order
     wires(): a list of (layer, name of the row it reads, name of the row it writes) in forward
              order; (None, a, b) says that row b is the next stage of the residual stream a, and
@@ -146,7 +146,7 @@ class EmbeddedModel(nn.Module):
             outputs.ends.append((layer, 1))
             inputs.axes.append((layer.weight, 2, layer.in_folds))
             outputs.axes += [(p, 1, layer.out_folds) for p in (layer.weight, layer.bias)]
-        rows, used = [*groups.values()], [m.weight.data_ptr() for m, *_ in wires if m]
+        rows, used = [*groups.values()], [layer.weight.data_ptr() for layer, *_ in wires if layer]
         fits = sorted(used) == sorted({layer.weight.data_ptr() for layer in self.layers})
         fits = fits and rows[-1].ends == [(self.layers[-1], 1)]
         _require(fits, "every layer, with weights of its own, in one wire; outputs last", wires)
