@@ -133,6 +133,12 @@ def test_the_example_of_the_page_is_a_program(monkeypatch):
     exec(example, {"__name__": "imported"})  # notebooks/test_sweep.py tries it
 
 
+def test_every_count_in_the_readme_is_on_the_page():
+    counts = {*re.findall(r"\d+ of \d+", read(page.README))}
+    assert counts
+    assert counts <= {*re.findall(r"\d+ of \d+", read(page.PAGE))}
+
+
 def broken_links(text, folder):
     """Targets of the links in a Markdown text that do not exist, seen from its folder."""
     targets = re.findall(r"\]\(([^)\s]+)\)", text)
