@@ -98,7 +98,7 @@ def modularity(table):
     of_kind = rows.groupby(["figure", "task", "kind"], sort=False).value
     shown = of_kind.median().unstack().reindex(columns=["BIMT", "L1", "none", "shuffled"])
     shown = shown.map("{:.2f}".format).replace("nan", "-")
-    shown["networks"] = of_kind.count().unstack()["BIMT"]
+    shown["networks"] = of_kind.count().unstack()["BIMT"].astype(int)
     return shown.reset_index().sort_values("figure", kind="stable")
 
 
