@@ -20,6 +20,10 @@ os.environ.setdefault("MKL_CBWR", "AVX2")  # the same for Intel's matrix product
 
 
 def pytest_collection_modifyitems(items):
-    """The slowest notebooks first, so that the two workers end at about the same time."""
-    slow = ("incontext", "mnist", "modular_addition")
-    items.sort(key=lambda item: not item.path.name.startswith(slow))
+    """The slowest files first and the unit tests last, so that the two workers end together."""
+    slow = ("modular_addition", "test_other_parameters", "incontext", "mnist", "points")
+
+    def late(item):
+        return not item.path.name.startswith(slow), item.path.parent.name == "tests"
+
+    items.sort(key=late)
