@@ -87,7 +87,7 @@ class EmbeddedLinear(nn.Module):
 class NeuronGroup:
     """Neurons that trade places with each other, at `places` (n, d). `ends` lists (layer, axis):
     they are the outputs (axis 1 of the weight) or inputs (axis 2) of that layer. Moving them
-    permutes all `axes`, a list of (tensor, axis, folds). If not `movable`, it is never swapped."""
+    permutes all `axes`, a list of (tensor, axis, folds). A group not `movable` is never swapped."""
 
     places: torch.Tensor
     movable: bool = True
